@@ -1,0 +1,43 @@
+# Two commands matter on a fresh machine: `make demo` and `make test`. The rest is listed by `make help`.
+PYTHON ?= python3
+STATE ?= state
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help demo up test check lint types imports lock clean
+help:  ## what each target does
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+demo: $(READY)  ## the main job, end to end, into STATE (default: state)
+	$(BIN)/render-platform demo --state $(STATE)
+
+up: $(READY)  ## the Dagster UI and its daemon over STATE, on http://127.0.0.1:3000
+	$(BIN)/render-platform up --state $(STATE)
+
+test: check  ## everything that must pass
+	$(BIN)/python -m pytest
+
+check: lint types imports  ## ruff, strict typing, import direction
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+lock: $(READY)  ## pin and hash requirements.in again (needs uv)
+	uv pip compile --quiet --no-strip-extras --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 requirements.in -o requirements.txt
+
+clean:  ## remove the environment and caches; never the state
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

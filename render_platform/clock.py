@@ -1,0 +1,76 @@
+"""Time and ids, injected everywhere: nothing else in the library asks the machine for either."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+US_PER_SECOND = 1_000_000
+WINDOW_US = 300 * US_PER_SECOND
+HOUR_US = 3_600 * US_PER_SECOND
+DAY_US = 24 * HOUR_US
+
+
+class Clock(Protocol):
+    def now_us(self) -> int:
+        """Microseconds since 1970-01-01 UTC."""
+
+
+class SystemClock:
+    def now_us(self) -> int:
+        return time.time_ns() // 1_000
+
+
+@dataclass
+class ManualClock:
+    """A clock that stands still until it is moved; it never goes back."""
+
+    us: int
+
+    def now_us(self) -> int:
+        return self.us
+
+    def move_to(self, us: int) -> None:
+        self.us = max(self.us, us)
+
+
+class Ids(Protocol):
+    def random(self, size: int) -> bytes: ...
+
+
+class SystemIds:
+    def random(self, size: int) -> bytes:
+        return os.urandom(size)
+
+
+def uuid7(us: int, ids: Ids) -> uuid.UUID:
+    """A UUIDv7 (RFC 9562) of the millisecond that holds `us`."""
+    return uuid7_from_random(us, ids.random(10))
+
+
+def uuid7_from_random(us: int, random: bytes) -> uuid.UUID:
+    """A UUIDv7 of the millisecond that holds `us` and of ten random bytes."""
+    value = int.from_bytes((us // 1_000).to_bytes(6, "big") + random, "big")
+    value = value & ~(0xF << 76) | (0x7 << 76)
+    return uuid.UUID(int=value & ~(0x3 << 62) | (0x2 << 62))
+
+
+def hour_of(us: int) -> int:
+    return us - us % HOUR_US
+
+
+def hours_between(start_us: int, end_us: int) -> Iterator[int]:
+    """The begin of each hour that overlaps [start, end)."""
+    yield from range(hour_of(start_us), end_us, HOUR_US)
+
+
+def iso(us: int) -> str:
+    """`2023-11-16T18:15:46Z`; with microseconds only where there are any."""
+    seconds, rest = divmod(us, US_PER_SECOND)
+    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{text}.{rest:06d}Z" if rest else f"{text}Z"

@@ -1,0 +1,125 @@
+"""The files of a log by C2SP tlog-tiles: their names, and which a tree of some size has.
+
+A tile is (level, index, width): `width` hashes of level 8 * level of the tree, 256 in a full one; level None
+is the bundle of the entries under the tile of level 0. Tiles never change: a tree that grows adds files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from render_platform import merkle
+from render_platform.errors import Finding, UsageError
+
+TILE_WIDTH = 256
+MAX_LEVEL = 63
+MAX_INDEX = (1 << 63) - 1
+MAX_ENTRY_BYTES = 65_535
+_PATH = re.compile(r"tile/(entries|[0-9]{1,2})/((?:x[0-9]{3}/){0,6}[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?")
+
+Tile = tuple[int | None, int, int]
+
+
+def tile_path(level: int, index: int, width: int = TILE_WIDTH) -> str:
+    """The name of a hash tile, such as `tile/0/x001/x234/067.p/8`; no leading slash."""
+    if not 0 <= level <= MAX_LEVEL:
+        raise UsageError(f"there is no tile level {level}", f"levels are 0 to {MAX_LEVEL}")
+    return f"tile/{level}/{_name(index, width)}"
+
+
+def entries_path(index: int, width: int = TILE_WIDTH) -> str:
+    """The name of an entry bundle, such as `tile/entries/000.p/3`; no leading slash."""
+    return f"tile/entries/{_name(index, width)}"
+
+
+def parse_path(path: str) -> Tile | None:
+    """The tile that `path` names; None for anything that tile_path and entries_path would not give."""
+    match = _PATH.fullmatch(path)
+    if match is None:
+        return None
+    index, width = int(re.sub("[x/]", "", match[2])), int(match[3] or TILE_WIDTH)
+    level = None if match[1] == "entries" else int(match[1])
+    if width > TILE_WIDTH or index > MAX_INDEX or (level or 0) > MAX_LEVEL:
+        return None
+    again = entries_path(index, width) if level is None else tile_path(level, index, width)
+    return (level, index, width) if again == path else None
+
+
+def encode_bundle(entries: Sequence[bytes]) -> bytes:
+    """The entries, each behind its length as a big-endian uint16; Finding where one is too long."""
+    for entry in entries:
+        if len(entry) > MAX_ENTRY_BYTES:
+            raise Finding(f"an entry of {len(entry)} bytes does not fit a bundle: at most {MAX_ENTRY_BYTES}")
+    return b"".join(len(entry).to_bytes(2, "big") + entry for entry in entries)
+
+
+def decode_bundle(data: bytes) -> list[bytes]:
+    """The inverse of `encode_bundle`; Finding where the data ends inside a length or an entry."""
+    entries, at = [], 0
+    while at < len(data):
+        start = at + 2
+        at = start + int.from_bytes(data[at:start], "big")
+        if at > len(data):
+            raise Finding("an entry bundle ends inside an entry")
+        entries.append(data[start:at])
+    return entries
+
+
+def tiles_of(size: int) -> list[Tile]:
+    """Every file of a tree of `size`: full tiles, and on each level one partial for the hashes left over."""
+    return new_tiles(0, size)
+
+
+def new_tiles(old_size: int, new_size: int) -> list[Tile]:
+    """The tiles of `new_size` that `old_size` lacks, the lowest level first, at a cost of what is new."""
+    found: list[Tile] = []
+    for level, old, new in _levels(old_size, new_size):
+        for tile in _added(old, new):
+            if level == 0:
+                found.append((None, *tile))
+            found.append((level, *tile))
+    return found
+
+
+def tile_hashes(level: int, index: int, width: int, leaves: Callable[[int, int], Sequence[bytes]]) -> bytes:
+    """The bytes of a hash tile; `leaves(start, end)` gives the leaf hashes of [start, end).
+
+    Finding where it gives another number of them than was asked for.
+    """
+    span = TILE_WIDTH**level
+    first = index * TILE_WIDTH
+    return b"".join(_subtree(at * span, (at + 1) * span, leaves) for at in range(first, first + width))
+
+
+def _subtree(start: int, end: int, leaves: Callable[[int, int], Sequence[bytes]]) -> bytes:
+    hashes = leaves(start, end)
+    if len(hashes) != end - start:
+        raise Finding(f"{len(hashes)} leaf hashes in place of those of [{start}, {end})")
+    return merkle.root(hashes)
+
+
+def _levels(old_size: int, new_size: int) -> Iterator[tuple[int, int, int]]:
+    """(level, hashes before, hashes after) for each level that the new tree has."""
+    level = 0
+    while new_size > 0:
+        yield level, old_size, new_size
+        level, old_size, new_size = level + 1, old_size // TILE_WIDTH, new_size // TILE_WIDTH
+
+
+def _added(old: int, new: int) -> Iterator[tuple[int, int]]:
+    """(index, width) of one level's tiles with `new` hashes that it lacks with `old`."""
+    yield from ((index, TILE_WIDTH) for index in range(old // TILE_WIDTH, new // TILE_WIDTH))
+    if new % TILE_WIDTH and new != old:
+        yield new // TILE_WIDTH, new % TILE_WIDTH
+
+
+def _name(index: int, width: int) -> str:
+    if not 0 <= index <= MAX_INDEX or not 1 <= width <= TILE_WIDTH:
+        raise UsageError(f"there is no tile {index} of width {width}", f"widths are 1 to {TILE_WIDTH}")
+    index, last = divmod(index, 1000)
+    name = f"{last:03d}"
+    while index:
+        index, group = divmod(index, 1000)
+        name = f"x{group:03d}/{name}"
+    return name if width == TILE_WIDTH else f"{name}.p/{width}"

@@ -1,0 +1,294 @@
+"""The audit log: append in SQL, integrate into tiles, sign, publish. The order is the point; see ARCHITECTURE.md.
+
+1. The published checkpoint and the SQL head are compared: a head that is behind, or differs, stops everything.
+2. The entry's bytes become a blob.
+3. One SQL transaction: entry, head, and what the entry is about. Before it nothing happened; after it, roll forward.
+4. Tiles and entry bundles of the head, made from committed entries; what exists must be byte-equal.
+5. Sign the committed head. 6. (Cosignatures.) 7. Publish: never a smaller one, and read back. 8. Mark published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+
+from render_platform import merkle, tiles
+from render_platform.cas import Cas
+from render_platform.database import Database, batches, checkpoints, log_entries, log_head
+from render_platform.entries import FIRST_PREVIOUS, AuditEntry, digest_of_entry
+from render_platform.errors import Missing, SequencerStopped
+from render_platform.note import Checkpoint, Signer, read_checkpoint, sign_note
+from render_platform.objects import ObjectStore
+
+CHECKPOINT = "checkpoint"
+_ATTEMPTS = 5
+
+Mark = Callable[[sa.Connection, int], None]
+"""What else is committed with an entry: called inside its transaction, with its index."""
+
+
+class AuditLog:
+    def __init__(self, database: Database, cas: Cas, objects: ObjectStore, signer: Signer) -> None:
+        self._database = database
+        self._cas = cas
+        self._objects = objects
+        self._signer = signer
+
+    def append(self, draft: AuditEntry, mark: Mark) -> int:
+        """Commit an entry and what `mark` does; gives its index. `draft.previous` is filled in here.
+
+        An entry of the same type and batch_id that stands already is left as it is and its index given, without
+        calling `mark`. Nobody sees the entry before `publish`. Two sequencers cannot both take one index.
+        """
+        self._compare(self.published())
+        for _ in range(_ATTEMPTS):
+            head, known = self._head_and_index(draft.type, draft.batch_id)
+            if known is not None:
+                return known
+            data = replace(draft, previous=head.last_entry_digest).to_bytes()
+            self._cas.put(data)
+            if self._commit(head, draft, data, mark):
+                return int(head.size)
+        raise SequencerStopped("other writers took the log's head five times in a row", "run the command again")
+
+    def publish(self) -> Checkpoint | None:
+        """Make everything committed visible under a signed checkpoint; None while the log is empty.
+
+        Rolls forward whatever an earlier crash left between commit and publication. Safe to repeat.
+        Raises SequencerStopped where the published checkpoint is not one of this database's.
+        """
+        standing = self._published_bytes()
+        published = self._opened(standing)
+        self._compare(published)
+        with self._database.read() as connection:
+            head = _head(connection)
+        checkpoint = Checkpoint(self._signer.name, head.size, head.root)
+        if head.size == 0:
+            return None
+        if published is None or published.size < head.size:
+            self._write_tiles(published.size if published else 0, head.size)
+            note = sign_note(checkpoint.text(), [self._signer]).encode()
+            # A crash before this: the old checkpoint stands, and tiles that the next publish finds byte-equal.
+            # `standing` is what was compared above: a checkpoint published meanwhile is never overwritten.
+            self._objects.replace(CHECKPOINT, note, standing)
+            if self.published() != checkpoint:
+                raise SequencerStopped("the checkpoint does not read back as written", "check the store")
+        # A crash before this commit: published, not marked; the next publish marks it.
+        self._mark_published(checkpoint)
+        return checkpoint
+
+    def published(self) -> Checkpoint | None:
+        """The checkpoint that stands published, its signature checked."""
+        return self._opened(self._published_bytes())
+
+    def _opened(self, data: bytes | None) -> Checkpoint | None:
+        return None if data is None else read_checkpoint(data, [self._signer.verifier])
+
+    def _published_bytes(self) -> bytes | None:
+        try:
+            return self._objects.read(CHECKPOINT)
+        except Missing:
+            return None
+
+    def _compare(self, published: Checkpoint | None) -> None:
+        """Step 1. A restored database, a foreign log or a lost checkpoint stops here, before anything is written."""
+        with self._database.read() as connection:
+            head = _head(connection)
+            last = connection.execute(sa.select(sa.func.max(checkpoints.c.size))).scalar() or 0
+            if published is None:
+                if last:
+                    raise SequencerStopped(
+                        f"log/checkpoint is missing, and size {last} was published", "restore the log folder"
+                    )
+                return
+            if published.size > head.size or published.size < last:
+                raise SequencerStopped(
+                    f"the published log has {published.size} entries, the database {head.size} (published: {last})",
+                    "the database or the log was restored from an older copy: restore the newer one",
+                )
+            root = _root_at(connection, head, published.size)
+        if root != published.root:
+            raise SequencerStopped(
+                f"the published log and the database differ within the first {published.size} entries",
+                "one of them was altered or belongs to another platform: run `render-platform verify`",
+            )
+
+    def _head_and_index(self, kind: str, batch_id: str) -> tuple[Any, int | None]:
+        with self._database.read() as connection:
+            known = connection.execute(
+                sa.select(log_entries.c.log_index).filter_by(type=kind, batch_id=batch_id)
+            ).scalar()
+            return _head(connection), known
+
+    def _commit(self, head: Any, draft: AuditEntry, data: bytes, mark: Mark) -> bool:
+        """Step 3. False where another sequencer has moved the head meanwhile: nothing was written."""
+        leaf = merkle.leaf_hash(data)
+        peaks = merkle.Peaks.from_bytes(head.size, head.peaks).append(leaf)
+        with self._database.write() as connection:
+            moved = connection.execute(
+                log_head.update()
+                .where(log_head.c.size == head.size, log_head.c.root == head.root, log_head.c.epoch == head.epoch)
+                .values(
+                    size=peaks.size,
+                    peaks=peaks.to_bytes(),
+                    root=peaks.root(),
+                    last_entry_digest=digest_of_entry(data),
+                )
+            )
+            if moved.rowcount != 1:
+                return False
+            connection.execute(
+                log_entries.insert().values(
+                    log_index=head.size,
+                    type=draft.type,
+                    batch_id=draft.batch_id,
+                    hour_us=draft.recorded_hour,
+                    entry=data,
+                    leaf_hash=leaf,
+                )
+            )
+            mark(connection, head.size)
+        return True
+
+    def _write_tiles(self, old_size: int, new_size: int) -> None:
+        """Step 4. Every tile is made from committed entries; one that stands already must hold the same bytes."""
+        for level, index, width in tiles.new_tiles(old_size, new_size):
+            if level is None:
+                path = tiles.entries_path(index, width)
+                start = index * tiles.TILE_WIDTH
+                data = tiles.encode_bundle(self._column(log_entries.c.entry, start, start + width))
+            else:
+                path = tiles.tile_path(level, index, width)
+                data = tiles.tile_hashes(level, index, width, self._leaves)
+            if not self._objects.create(path, data) and self._objects.read(path) != data:
+                raise SequencerStopped(
+                    f"log/{path} holds other bytes than the database's entries give",
+                    "run `render-platform verify`; restore the log or the database, whichever was altered",
+                )
+
+    def _leaves(self, start: int, end: int) -> Sequence[bytes]:
+        return self._column(log_entries.c.leaf_hash, start, end)
+
+    def _column(self, column: Any, start: int, end: int) -> list[bytes]:
+        with self._database.read() as connection:
+            return _column(connection, column, start, end)
+
+    def _mark_published(self, checkpoint: Checkpoint) -> None:
+        with self._database.write() as connection:
+            known = connection.execute(sa.select(checkpoints.c.size).filter_by(size=checkpoint.size)).scalar()
+            if known is None:
+                note = (self._published_bytes() or b"").decode()
+                connection.execute(checkpoints.insert().values(size=checkpoint.size, root=checkpoint.root, note=note))
+            connection.execute(
+                batches.update()
+                .where(batches.c.state == "logged", batches.c.log_index < checkpoint.size)
+                .values(state="published")
+            )
+
+
+class BatchLogger:
+    """stored → logged: an entry for each stored batch and each watermark, in the order in which they were sealed."""
+
+    def __init__(self, database: Database, log: AuditLog) -> None:
+        self._database = database
+        self._log = log
+
+    def log_stored(self, on_batch: Callable[[sa.Connection, int], None]) -> list[int]:
+        """Log everything that is stored; gives the indexes. `on_batch(connection, hour_us)` joins each batch's commit.
+
+        A batch that is still on its way holds back what was sealed after it: the log keeps the order of sealing.
+        """
+        indexes = []
+        while (batch := self._next()) is not None:
+
+            def mark(connection: sa.Connection, index: int, batch: Any = batch) -> None:
+                connection.execute(
+                    batches.update().where(batches.c.ordinal == batch.ordinal).values(state="logged", log_index=index)
+                )
+                if batch.type == "usage_batch":
+                    on_batch(connection, batch.hour_us)
+
+            indexes.append(self._log.append(_draft(batch), mark))
+        return indexes
+
+    def _next(self) -> Any:
+        with self._database.read() as connection:
+            batch = connection.execute(
+                sa.select(batches)
+                .where(batches.c.state.not_in(["logged", "published"]))
+                .order_by(batches.c.ordinal)
+                .limit(1)
+            ).one_or_none()
+        if batch is None or batch.state == "stored":
+            return batch
+        return batch if batch.state == "sealed" and batch.type == "watermark" else None
+
+
+def _draft(batch: Any) -> AuditEntry:
+    return AuditEntry(
+        type=batch.type,
+        batch_id=batch.batch_id,
+        previous=FIRST_PREVIOUS,
+        lane=batch.lane,
+        recorded_hour=batch.hour_us,
+        batch_seq=batch.batch_seq,
+        first_recorded_at=batch.first_recorded_at,
+        last_recorded_at=batch.last_recorded_at,
+        complete_until=batch.complete_until,
+        subject_digest=batch.blob_digest,
+        subject_size=batch.blob_size,
+        records=batch.records,
+        gpu_time_ns=int(batch.gpu_time_ns),
+        merkle_root=batch.merkle_root,
+        attestation=batch.attestation_digest,
+    )
+
+
+def create_head(database: Database) -> None:
+    """The head of an empty log, where there is none."""
+    with database.write() as connection:
+        if connection.execute(sa.select(log_head.c.id)).scalar() is None:
+            empty = merkle.Peaks.empty()
+            connection.execute(
+                log_head.insert().values(
+                    id=1,
+                    epoch=0,
+                    size=0,
+                    peaks=empty.to_bytes(),
+                    root=empty.root(),
+                    last_entry_digest=FIRST_PREVIOUS,
+                )
+            )
+
+
+def _head(connection: sa.Connection) -> Any:
+    return connection.execute(sa.select(log_head)).one()
+
+
+def _root_at(connection: sa.Connection, head: Any, size: int) -> bytes:
+    if size == head.size:
+        return bytes(head.root)
+    recorded = connection.execute(sa.select(checkpoints.c.root).filter_by(size=size)).scalar()
+    if recorded is not None:
+        return bytes(recorded)
+    return merkle.root(_column(connection, log_entries.c.leaf_hash, 0, size))
+
+
+def _column(connection: sa.Connection, column: Any, start: int, end: int) -> list[bytes]:
+    found = (
+        connection.execute(
+            sa.select(column)
+            .where(log_entries.c.log_index >= start, log_entries.c.log_index < end)
+            .order_by(log_entries.c.log_index)
+        )
+        .scalars()
+        .all()
+    )
+    if len(found) != end - start:
+        raise SequencerStopped(
+            f"the database lacks entries between {start} and {end}", "restore the database from a backup"
+        )
+    return [bytes(value) for value in found]

@@ -1,0 +1,208 @@
+"""The SQL side: tables, and transactions that say whether they write.
+
+SQLite runs with WAL and synchronous=FULL, and every writing transaction begins IMMEDIATE: a deferred one that reads
+and then writes fails at once, whatever the time-out. The SQLite in use is the one of the pysqlite3 wheel, because the
+interpreter's own may lack the fix for WAL-reset corruption with several writing connections (3.51.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import sqlalchemy as sa
+from sqlalchemy import event
+
+from render_platform.errors import Unavailable
+from render_platform.events import EVENT_SCHEMA
+
+try:
+    import pysqlite3 as sqlite_module
+except ImportError:  # platforms without the wheel use the interpreter's own; `doctor` reports its version
+    import sqlite3 as sqlite_module
+
+BUSY_TIMEOUT_S = 30
+
+metadata = sa.MetaData()
+
+
+def _sql_type(kind: pa.DataType) -> sa.types.TypeEngine[Any]:
+    if kind == pa.uuid() or pa.types.is_fixed_size_binary(kind):
+        return sa.LargeBinary()
+    return sa.Text() if pa.types.is_string(kind) else sa.BigInteger()
+
+
+lanes = sa.Table(
+    "lanes",
+    metadata,
+    sa.Column("lane", sa.Text, primary_key=True),
+    sa.Column("state", sa.Text, nullable=False),  # open | finished
+    sa.Column("start_us", sa.BigInteger, nullable=False),  # the hour that the lane begins with
+    sa.Column("frontier_us", sa.BigInteger, nullable=False),  # no row will be recorded before it
+    sa.Column("next_watermark_us", sa.BigInteger, nullable=False),  # the first hour not yet declared complete
+)
+customers = sa.Table(
+    "customers",
+    metadata,
+    sa.Column("customer_ref", sa.Text, primary_key=True),
+    sa.Column("issuer", sa.Text, nullable=False),
+    sa.Column("customer_id", sa.Text, nullable=False),
+    sa.Column("salt", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("issuer", "customer_id"),
+)
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("batch_id", sa.Text, nullable=False, unique=True),
+    sa.Column("type", sa.Text, nullable=False),  # usage_batch | watermark
+    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("hour_us", sa.BigInteger, nullable=False),
+    sa.Column("batch_seq", sa.Integer),
+    sa.Column("state", sa.Text, nullable=False),  # filling > closed > sealed > stored > logged > published
+    sa.Column("records", sa.Integer, nullable=False, default=0),
+    sa.Column("gpu_time_ns", sa.Text, nullable=False, default="0"),  # decimal digits: may pass 63 bits
+    sa.Column("first_recorded_at", sa.BigInteger),
+    sa.Column("last_recorded_at", sa.BigInteger),
+    sa.Column("complete_until", sa.BigInteger),
+    sa.Column("merkle_root", sa.Text),
+    sa.Column("blob_digest", sa.Text),
+    sa.Column("blob_size", sa.BigInteger),
+    sa.Column("attestation_digest", sa.Text),
+    sa.Column("log_index", sa.BigInteger),
+    sa.UniqueConstraint("hour_us", "batch_seq"),
+    sa.Index("batches_by_state", "state", "ordinal"),
+)
+usage_events = sa.Table(
+    "usage_events",
+    metadata,
+    *[
+        sa.Column(f.name, _sql_type(f.type), primary_key=f.name == "event_id", nullable=f.nullable)
+        for f in EVENT_SCHEMA
+    ],
+    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("batch_id", sa.Text),
+    sa.UniqueConstraint("job_id"),
+    sa.Index("usage_events_unsealed", "lane", "recorded_at", sqlite_where=sa.text("batch_id IS NULL")),
+    sa.Index("usage_events_by_batch", "batch_id"),
+    sa.Index("usage_events_by_source", "source"),
+)
+log_head = sa.Table(
+    "log_head",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("peaks", sa.LargeBinary, nullable=False),
+    sa.Column("root", sa.LargeBinary, nullable=False),
+    sa.Column("last_entry_digest", sa.Text, nullable=False),
+)
+log_entries = sa.Table(
+    "log_entries",
+    metadata,
+    sa.Column("log_index", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("batch_id", sa.Text, nullable=False),
+    sa.Column("hour_us", sa.BigInteger),
+    sa.Column("entry", sa.LargeBinary, nullable=False),
+    sa.Column("leaf_hash", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("type", "batch_id"),
+    sa.Index("log_entries_by_hour", "hour_us", "type"),
+)
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("size", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("root", sa.LargeBinary, nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+)
+reports = sa.Table(
+    "reports",
+    metadata,
+    sa.Column("hour_us", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("dirty", sa.Boolean, nullable=False),  # a batch was logged into the hour after the report
+)
+repairs = sa.Table(
+    "repairs",
+    metadata,
+    sa.Column("repair_id", sa.Text, primary_key=True),
+    sa.Column("hour_us", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # planned > logged | abandoned
+    sa.Column("event_ids", sa.LargeBinary, nullable=False),  # 16 bytes each, sorted
+)
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("run_id", sa.Text, primary_key=True),
+    sa.Column("trace_digest", sa.Text, nullable=False),
+    sa.Column("lane", sa.Text, nullable=False),
+    sa.Column("next_row", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # replaying > replayed > finished
+    sa.Column("started_us", sa.BigInteger, nullable=False),
+)
+
+
+class Database:
+    """One SQL database. `read()` and `write()` give a connection inside a transaction."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Commits at the end: durable when the block is left. Any error rolls everything back."""
+        with self._connection("BEGIN IMMEDIATE") as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A snapshot that blocks no writer."""
+        with self._connection("BEGIN DEFERRED") as connection, connection.begin():
+            yield connection
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def _connection(self, begin: str) -> Iterator[sa.Connection]:
+        try:
+            with self.engine.connect().execution_options(sqlite_begin=begin) as connection:
+                yield connection
+        except sa.exc.OperationalError as error:
+            raise Unavailable(
+                f"the database cannot be used: {error.orig}", "check the disk, and that no process holds a long lock"
+            ) from error
+        except sa.exc.DatabaseError as error:
+            if isinstance(error, sa.exc.IntegrityError):
+                raise
+            raise Unavailable(f"the database cannot be used: {error.orig}", "restore it from a backup") from error
+
+
+def open_sqlite(path: Path) -> Database:
+    """Open the database at `path`, making it and its tables where they are missing."""
+    engine = sa.create_engine(f"sqlite:///{path}", module=sqlite_module, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions are begun below, never by the driver
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE"))
+
+    database = Database(engine)
+    with database.write() as connection:
+        metadata.create_all(connection)
+    return database
+
+
+def sqlite_version() -> str:
+    return str(sqlite_module.sqlite_version)

@@ -1,0 +1,150 @@
+"""The outbox: usage events, durable in SQL with the end of their job, waiting to be sealed.
+
+A *lane* is a stream of events with a clock of its own: `live`, and one for each trace run. Within a lane `recorded_at`
+is given inside the writing transaction and never goes back: its *frontier* is the last one given, and no later row is
+recorded before it. SQLite's writers come one after another, so commits are in the order of `recorded_at`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import sqlalchemy as sa
+
+from render_platform.clock import Ids, hour_of
+from render_platform.database import Database, batches, customers, lanes, usage_events
+from render_platform.errors import RecordError, UsageError
+from render_platform.events import COLUMNS, UsageEvent, storage_row, table_from_rows
+
+CUSTOMER_CONTEXT = b"render-platform/customer/v1\n"
+EVENT_COLUMNS = [usage_events.c[name] for name in COLUMNS]
+
+
+class Backlog(NamedTuple):
+    """What waits to reach a published checkpoint: unsealed rows, batches on their way, age of the oldest row."""
+
+    rows: int
+    batches: int
+    oldest_recorded_at: int | None
+
+
+class Totals(NamedTuple):
+    events: int
+    gpu_time_ns: int
+
+
+def customer_ref(salt: bytes, customer_id: str) -> str:
+    """The reference that stands for a customer everywhere outside SQL; meaningless once the salt is erased."""
+    return hashlib.sha256(CUSTOMER_CONTEXT + salt + customer_id.encode()).hexdigest()
+
+
+class Outbox:
+    def __init__(self, database: Database, ids: Ids) -> None:
+        self._database = database
+        self._ids = ids
+
+    def customer_ref(self, connection: sa.Connection, issuer: str, customer_id: str) -> str:
+        """The customer's reference, with a salt made on first sight; inside the caller's transaction."""
+        known = connection.execute(
+            sa.select(customers.c.customer_ref).filter_by(issuer=issuer, customer_id=customer_id)
+        ).scalar()
+        if known is not None:
+            return str(known)
+        salt = self._ids.random(32)
+        ref = customer_ref(salt, customer_id)
+        connection.execute(
+            customers.insert().values(customer_ref=ref, issuer=issuer, customer_id=customer_id, salt=salt)
+        )
+        return ref
+
+    def record(self, connection: sa.Connection, lane: str, events: Sequence[UsageEvent]) -> list[UsageEvent]:
+        """Insert `events` into a lane, inside the caller's transaction; gives them as recorded.
+
+        Each event's `recorded_at` is the clock's reading, taken inside this transaction; it is raised to the lane's
+        frontier where it lies before it. An event or job id that stands already is a RecordError, and nothing is kept.
+        A crash before the caller's commit: no event and no end of a job. After it: both.
+        """
+        frontier = self._frontier(connection, lane, events)
+        stamped = []
+        for event in events:
+            frontier = max(frontier, event.recorded_at)
+            stamped.append(event if event.recorded_at == frontier else replace(event, recorded_at=frontier))
+        try:
+            connection.execute(usage_events.insert(), [{**storage_row(e), "lane": lane} for e in stamped])
+        except sa.exc.IntegrityError as error:
+            raise RecordError("event_id or job_id", "stands in the outbox already") from error
+        connection.execute(lanes.update().where(lanes.c.lane == lane).values(frontier_us=frontier))
+        return stamped
+
+    def _frontier(self, connection: sa.Connection, lane: str, events: Sequence[UsageEvent]) -> int:
+        row = connection.execute(sa.select(lanes).where(lanes.c.lane == lane)).one_or_none()
+        if row is None:
+            start = min(event.recorded_at for event in events)
+            connection.execute(
+                lanes.insert().values(
+                    lane=lane,
+                    state="open",
+                    start_us=hour_of(start),
+                    frontier_us=start,
+                    next_watermark_us=hour_of(start),
+                )
+            )
+            return start
+        if row.state != "open":
+            raise UsageError(f"the lane {lane} is finished", "record into a lane that is open")
+        return int(row.frontier_us)
+
+    def frontier(self, connection: sa.Connection, lane: str) -> int:
+        """The last `recorded_at` given in the lane."""
+        return int(connection.execute(sa.select(lanes.c.frontier_us).filter_by(lane=lane)).scalar_one())
+
+    def finish_lane(self, connection: sa.Connection, lane: str, until_us: int) -> None:
+        """No event will be recorded into `lane` again; its clock has come to `until_us`."""
+        connection.execute(
+            lanes.update()
+            .where(lanes.c.lane == lane)
+            .values(state="finished", frontier_us=sa.func.max(lanes.c.frontier_us, until_us))
+        )
+
+    def backlog(self) -> Backlog:
+        with self._database.read() as connection:
+            rows, oldest = connection.execute(
+                sa.select(sa.func.count(), sa.func.min(usage_events.c.recorded_at)).where(
+                    usage_events.c.batch_id.is_(None)
+                )
+            ).one()
+            waiting = connection.execute(
+                sa.select(sa.func.count(), sa.func.min(batches.c.first_recorded_at)).where(
+                    batches.c.state != "published"
+                )
+            ).one()
+        ages = [age for age in (oldest, waiting[1]) if age is not None]
+        return Backlog(rows, waiting[0], min(ages, default=None))
+
+    def totals(self, source: str | None = None) -> Totals:
+        """Events and exact GPU ns, of one source or of all. Sums are made in Python: they may pass 63 bits."""
+        query = sa.select(sa.func.count(), sa.func.sum(usage_events.c.gpu_time_ns)).group_by(
+            usage_events.c.recorded_at / 3_600_000_000
+        )
+        if source is not None:
+            query = query.where(usage_events.c.source == source)
+        with self._database.read() as connection:
+            parts = connection.execute(query).all()
+        return Totals(sum(part[0] for part in parts), sum(int(part[1]) for part in parts))
+
+    def names(self) -> dict[str, str]:
+        """`customer_ref` → `issuer/customer_id`, for people who may see it."""
+        with self._database.read() as connection:
+            return {r.customer_ref: f"{r.issuer}/{r.customer_id}" for r in connection.execute(sa.select(customers))}
+
+
+def rows_of_batch(connection: sa.Connection, batch_id: str) -> pa.Table:
+    """The rows of a batch as a table of EVENT_SCHEMA, sorted by `event_id`: the order of leaves and of Parquet."""
+    found: Sequence[Any] = connection.execute(
+        sa.select(*EVENT_COLUMNS).where(usage_events.c.batch_id == batch_id).order_by(usage_events.c.event_id)
+    ).all()
+    return table_from_rows(found)

@@ -1,0 +1,133 @@
+"""Hours: which windows are closed, which hours there are, and what was last reported of each.
+
+A window is closed when no lane can still record into it, every row before its end is under a published checkpoint, and
+the fast path's deadline has passed. An hour that no lane covers is never closed: unknown is not zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from render_platform.clock import HOUR_US, US_PER_SECOND, Clock, hour_of
+from render_platform.database import Database, batches, checkpoints, lanes, log_entries, reports, usage_events
+
+LIVE = "live"
+
+
+class LastReport(NamedTuple):
+    revision: int
+    digest: str
+    status: str
+    dirty: bool
+
+
+class Hours:
+    def __init__(self, database: Database, clock: Clock, fast_path_deadline_s: int) -> None:
+        self._database = database
+        self._clock = clock
+        self._deadline_us = fast_path_deadline_s * US_PER_SECOND
+
+    def closed_until(self, hour_us: int) -> int:
+        """The time up to which the windows of this hour are closed; `hour_us` itself where none is."""
+        with self._database.read() as connection:
+            covering = [
+                lane
+                for lane in connection.execute(sa.select(lanes)).all()
+                if lane.start_us <= hour_us and (lane.state == "open" or lane.frontier_us >= hour_us + HOUR_US)
+            ]
+            if not covering:
+                return hour_us
+            limits = [self._lane_limit(lane) for lane in covering if lane.state == "open"]
+            waiting = _oldest_waiting(connection, hour_us)
+        limits += [] if waiting is None else [waiting]
+        return max(hour_us, min([hour_us + HOUR_US, *limits]))
+
+    def _lane_limit(self, lane: Any) -> int:
+        """A trace's lane has no clock but its frontier."""
+        clock = self._clock.now_us() if lane.lane == LIVE else lane.frontier_us
+        return min(int(lane.frontier_us), int(clock) - self._deadline_us)
+
+    def known(self, start_us: int | None = None, end_us: int | None = None) -> list[int]:
+        """The hours that hold events or were declared empty, sealed or not, in order."""
+        sealed = sa.select(batches.c.hour_us)
+        unsealed = sa.select(usage_events.c.recorded_at).where(usage_events.c.batch_id.is_(None))
+        with self._database.read() as connection:
+            found = {int(hour) for hour in connection.execute(sealed).scalars()}
+            found |= {hour_of(int(at)) for at in connection.execute(unsealed).scalars()}
+        low = hour_of(start_us) if start_us is not None else 0
+        return sorted(hour for hour in found if hour >= low and (end_us is None or hour < end_us))
+
+    def wanting(self) -> list[int]:
+        """Known hours without a report that is up to date, or whose report is not `reconciled`."""
+        with self._database.read() as connection:
+            good = connection.execute(
+                sa.select(reports.c.hour_us).where(~reports.c.dirty, reports.c.status == "reconciled")
+            ).scalars()
+            settled = set(good)
+        return [hour for hour in self.known() if hour not in settled]
+
+    def last_report(self, hour_us: int) -> LastReport | None:
+        with self._database.read() as connection:
+            row = connection.execute(sa.select(reports).filter_by(hour_us=hour_us)).one_or_none()
+        return None if row is None else LastReport(row.revision, row.digest, row.status, row.dirty)
+
+
+def mark_dirty(connection: sa.Connection, hour_us: int) -> None:
+    """In the transaction that logs a batch: what was reported of its hour is out of date."""
+    connection.execute(reports.update().where(reports.c.hour_us == hour_us).values(dirty=True))
+
+
+def mark_reported(
+    connection: sa.Connection, hour_us: int, revision: int, digest: str, status: str, batches_read: int
+) -> None:
+    """In the transaction that logs a report: it is the hour's last; out of date if a batch was logged meanwhile."""
+    connection.execute(reports.delete().where(reports.c.hour_us == hour_us))
+    connection.execute(
+        reports.insert().values(
+            hour_us=hour_us,
+            revision=revision,
+            digest=digest,
+            status=status,
+            dirty=_logged_batches(connection, hour_us) != batches_read,
+        )
+    )
+
+
+def mark_unchanged(connection: sa.Connection, hour_us: int, batches_read: int) -> None:
+    """The hour was reconciled again and says what its last report says."""
+    dirty = _logged_batches(connection, hour_us) != batches_read
+    connection.execute(reports.update().where(reports.c.hour_us == hour_us).values(dirty=dirty))
+
+
+def _logged_batches(connection: sa.Connection, hour_us: int) -> int:
+    count = sa.select(sa.func.count()).where(log_entries.c.hour_us == hour_us, log_entries.c.type == "usage_batch")
+    return int(connection.execute(count).scalar_one())
+
+
+def entries_of_hour(connection: sa.Connection, hour_us: int, kind: str) -> list[bytes]:
+    """The published entries of one hour, as they were logged, in the order of the log."""
+    size = sa.select(sa.func.coalesce(sa.func.max(checkpoints.c.size), 0)).scalar_subquery()
+    found = connection.execute(
+        sa.select(log_entries.c.entry)
+        .where(log_entries.c.hour_us == hour_us, log_entries.c.type == kind, log_entries.c.log_index < size)
+        .order_by(log_entries.c.log_index)
+    ).scalars()
+    return [bytes(entry) for entry in found]
+
+
+def _oldest_waiting(connection: sa.Connection, hour_us: int) -> int | None:
+    """The oldest time in this hour that is not under a published checkpoint."""
+    inside = (usage_events.c.recorded_at >= hour_us, usage_events.c.recorded_at < hour_us + HOUR_US)
+    unsealed = connection.execute(
+        sa.select(sa.func.min(usage_events.c.recorded_at)).where(usage_events.c.batch_id.is_(None), *inside)
+    ).scalar()
+    on_its_way = connection.execute(
+        sa.select(batches.c.first_recorded_at).where(
+            batches.c.hour_us == hour_us, batches.c.type == "usage_batch", batches.c.state != "published"
+        )
+    ).scalars()
+    times = [hour_us if first is None else int(first) for first in on_its_way]
+    times += [] if unsealed is None else [int(unsealed)]
+    return min(times, default=None)

@@ -1,0 +1,266 @@
+"""The pipeline: the one module that knows the order of the stages.
+
+A `Platform` is an open state folder. Its methods are what the commands, the Dagster assets and the tests call; each
+may be run again from any point, with no duplicate and no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import sqlalchemy as sa
+
+from render_platform.audit_log import AuditLog, BatchLogger, create_head
+from render_platform.cas import Cas, digest_of
+from render_platform.clickhouse import ClickHouse, open_clickhouse
+from render_platform.clock import WINDOW_US, Clock, Ids, SystemClock, SystemIds, iso
+from render_platform.config import Settings
+from render_platform.database import checkpoints, open_sqlite
+from render_platform.delivery import Delivery
+from render_platform.entries import FIRST_PREVIOUS, AuditEntry
+from render_platform.errors import Finding, Unavailable, UsageError
+from render_platform.hours import Hours, entries_of_hour, mark_dirty, mark_reported, mark_unchanged
+from render_platform.note import Checkpoint, load_or_create_key
+from render_platform.objects import FolderObjects
+from render_platform.outbox import Outbox
+from render_platform.reconciliation import (
+    HourReport,
+    KeyFigures,
+    RowDiff,
+    build_report,
+    compare,
+    diff_rows,
+    unavailable_report,
+)
+from render_platform.repair import Repairs
+from render_platform.sealing import Sealer
+from render_platform.slow_path import HourOfBatches, Key, SlowPath, of_keys, run_query
+from render_platform.verification import Evidence, Progress, Verification, verify
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """What `log_batches` did, and where the log stands."""
+
+    logged: int
+    checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True, slots=True)
+class RepairOutcome:
+    """How many rows were inserted, and the report of the hour before and after."""
+
+    inserted: int
+    before: HourReport
+    after: HourReport
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    figures: list[KeyFigures]
+    diffs: dict[Key, RowDiff]
+
+
+class Platform:
+    def __init__(self, settings: Settings, clock: Clock, ids: Ids) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.ids = ids
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        self.database = open_sqlite(settings.database_path)
+        create_head(self.database)
+        self.log_signer = load_or_create_key(settings.keys_dir / "checkpoint.key", _origin(ids))
+        self.attestation_signer = load_or_create_key(
+            settings.keys_dir / "attestation.key", f"{self.log_signer.name}/attestation"
+        )
+        self.blobs = FolderObjects(settings.blobs_dir, ids)
+        self.log_objects = FolderObjects(settings.log_dir, ids)
+        self.cas = Cas(self.blobs)
+        self.log = AuditLog(self.database, self.cas, self.log_objects, self.log_signer)
+        self.outbox = Outbox(self.database, ids)
+        self.hours = Hours(self.database, clock, settings.fast_path_deadline_s)
+        self.slow = SlowPath(self.cas, self._published_batches)
+        self.repairs = Repairs(self.database, clock, ids)
+
+    @cached_property
+    def clickhouse(self) -> ClickHouse:
+        """Opened on first use: sealing, logging and verifying need no ClickHouse."""
+        settings = self.settings
+        return open_clickhouse(settings.clickhouse_url, settings.clickhouse_database, settings.retention_days)
+
+    def close(self) -> None:
+        if "clickhouse" in self.__dict__:
+            self.clickhouse.close()
+        self.database.close()
+
+    # The slow path, in its order.
+
+    def seal(self) -> list[str]:
+        """Unsealed rows → sealed batches; closed hours → watermarks. Gives the ids of the batches."""
+        sealer = Sealer(
+            self.database,
+            self.clock,
+            batch_rows=self.settings.batch_rows,
+            rows_a_transaction=self.settings.seal_rows_a_transaction,
+        )
+        return sealer.seal()
+
+    def store(self) -> list[str]:
+        """Sealed batches → objects and attestations in the CAS. Gives the ids of the batches."""
+        return Delivery(self.database, self.cas, self.attestation_signer).store_sealed()
+
+    def log_batches(self) -> LogState:
+        """Stored batches and watermarks → entries → a signed, published checkpoint."""
+        self.log.publish()  # rolls forward what an earlier crash left unpublished, before anything is added
+        indexes = BatchLogger(self.database, self.log).log_stored(mark_dirty)
+        return LogState(len(indexes), self.log.publish())
+
+    def flush(self) -> LogState:
+        self.seal()
+        self.store()
+        return self.log_batches()
+
+    # The fast path against the slow one.
+
+    def reconcile(self, hour_us: int) -> HourReport:
+        """The verdict on one hour. Logged where it is final and says something new; harmless to repeat."""
+        closed = self.hours.closed_until(hour_us)
+        last = self.hours.last_report(hour_us)
+        revision = last.revision if last else 1
+        threshold = self.settings.threshold_ppm
+        try:
+            batches = self.slow.hour(hour_us)
+            reading = self._read(hour_us, closed, batches)
+        except (Unavailable, Finding) as error:
+            return unavailable_report(hour_us, revision, threshold, closed, str(error))
+        build = (threshold, batches.digests, closed, reading.figures, reading.diffs)
+        report = build_report(hour_us, revision, *build)
+        if not report.final:
+            return report
+        if last is not None:
+            if last.digest == digest_of(report.to_bytes()):
+                with self.database.write() as connection:
+                    mark_unchanged(connection, hour_us, len(batches.entries))
+                return report
+            report = build_report(hour_us, last.revision + 1, *build)
+        self._log_report(report, batches)
+        return report
+
+    def repair(self, hour_us: int) -> RepairOutcome:
+        """Insert the hour's missing rows into ClickHouse, log it, and reconcile again.
+
+        Raises Unavailable where a side cannot be read. Rows that are duplicated, altered or unexpected stay, and the
+        report after the repair still says so.
+        """
+        before = self.reconcile(hour_us)
+        if before.status == "unavailable":
+            raise Unavailable(f"{iso(hour_us)} cannot be repaired: {before.error}", "make both sides readable first")
+        plan = self.repairs.plan(hour_us, before.missing)
+        if plan is None:
+            return RepairOutcome(0, before, before)
+        rows = self.slow.rows_by_id(self.slow.hour(hour_us), plan.event_ids)
+        self.repairs.insert(plan, rows, self.clickhouse)
+        draft = self.repairs.record(plan, rows, self.cas.put)
+        self._append(draft, lambda connection, _index: self.repairs.mark_logged(connection, plan))
+        return RepairOutcome(rows.num_rows, before, self.reconcile(hour_us))
+
+    # Reading evidence.
+
+    def verify(self, *, deep: bool = False, progress: Progress = lambda *_: None) -> Verification:
+        evidence = Evidence(
+            log=self.log_objects,
+            blobs=self.blobs,
+            log_keys=[self.log_signer.verifier],
+            attestation_keys=[self.attestation_signer.verifier],
+            history=self.history(),
+        )
+        return verify(evidence, deep=deep, progress=progress)
+
+    def history(self) -> list[Checkpoint]:
+        """Every checkpoint that was published, as the database remembers it."""
+        with self.database.read() as connection:
+            rows = connection.execute(sa.select(checkpoints).order_by(checkpoints.c.size)).all()
+        return [Checkpoint(self.log_signer.name, row.size, row.root) for row in rows]
+
+    def query(self, sql: str) -> pa.Table:
+        """One SELECT over `usage_events`: the rows of every published batch, digests checked."""
+        return run_query(sql, self.slow.tables(self.hours.known()))
+
+    # Inside.
+
+    def _published_batches(self, hour_us: int) -> list[bytes]:
+        with self.database.read() as connection:
+            return entries_of_hour(connection, hour_us, "usage_batch")
+
+    def _read(self, hour_us: int, closed: int, batches: HourOfBatches) -> _Reading:
+        """Both sides, as far as the hour is closed."""
+        if closed < hour_us + WINDOW_US:
+            return _Reading([], {})
+        end = closed - closed % WINDOW_US
+        with duckdb.connect() as connection:
+            slow = self.slow.window_aggregates(batches, connection)
+        fast = self.clickhouse.window_aggregates(hour_us, end)
+        figures = [
+            one
+            for one in compare(slow, fast, self.clickhouse.rollup_aggregates(hour_us, end))
+            if one.key[0] * WINDOW_US < end
+        ]
+        differing = [one.key for one in figures if not one.rows_equal]
+        if not differing:
+            return _Reading(figures, {})
+        fast_rows = self.clickhouse.rows(hour_us, end, sorted({key[1:] for key in differing}))
+        diffs = diff_rows(self.slow.rows(batches, differing), of_keys(fast_rows, differing))
+        if any(key not in diffs for key in differing):
+            raise Unavailable("the fast path changed while it was read", "reconcile the hour again")
+        return _Reading(figures, diffs)
+
+    def _log_report(self, report: HourReport, batches: HourOfBatches) -> None:
+        data = report.to_bytes()
+        digest = self.cas.put(data)
+        draft = AuditEntry(
+            type="reconciliation",
+            batch_id=f"{iso(report.hour_us)[:13]}/r{report.revision}",
+            previous=FIRST_PREVIOUS,
+            recorded_hour=report.hour_us,
+            subject_digest=digest,
+            subject_size=len(data),
+            records=report.total("events"),
+            gpu_time_ns=report.total("gpu_time_ns"),
+        )
+
+        def mark(connection: sa.Connection, _index: int) -> None:
+            mark_reported(connection, report.hour_us, report.revision, digest, report.status, len(batches.entries))
+
+        self._append(draft, mark)
+
+    def _append(self, draft: AuditEntry, mark: Any) -> None:
+        self.log.publish()
+        self.log.append(draft, mark)
+        self.log.publish()
+
+
+@contextmanager
+def open_platform(
+    settings: Settings, clock: Clock | None = None, ids: Ids | None = None, *, create: bool = False
+) -> Iterator[Platform]:
+    """An open platform. Unless `create`, UsageError where the folder holds no state yet."""
+    if not create and not settings.database_path.exists():
+        raise UsageError(
+            f"{settings.state_dir} holds no platform state", "run `render-platform demo`, or give --state DIR"
+        )
+    platform = Platform(settings, clock or SystemClock(), ids or SystemIds())
+    try:
+        yield platform
+    finally:
+        platform.close()
+
+
+def _origin(ids: Ids) -> str:
+    """A log's name, unique and for good: it is made with the log's key, and kept with it."""
+    return f"render-platform.local/log/{ids.random(4).hex()}"

@@ -20,7 +20,8 @@ from render_platform.errors import UsageError
 from render_platform.events import UsageEvent, table_from_events
 from render_platform.outbox import Outbox
 from render_platform.simulated import SimulatedRun
-from render_platform.traces import Trace, TraceFormat
+from render_platform.trace_formats import TraceFormat
+from render_platform.traces import Trace
 
 ISSUER = "trace"
 
@@ -69,7 +70,7 @@ class Replay:
             )
         return Run(run_id, lane, 0, "replaying", resumed=False)
 
-    def advance(self, run: Run, form: TraceFormat, jobs: Sequence[SimulatedRun]) -> pa.Table:
+    def advance(self, run: Run, trace: Trace, jobs: Sequence[SimulatedRun]) -> pa.Table:
         """Record the run's next jobs, and give their rows as committed.
 
         One transaction: the events and `next_row`. A crash before its commit: the same jobs come again. After it: they
@@ -83,7 +84,7 @@ class Replay:
             )
             if moved.rowcount != 1:
                 raise UsageError("another process replays this run", "let one of them finish")
-            events = [self._event(connection, run, form, job) for job in jobs]
+            events = [self._event(connection, run, trace.format_of(job.job), job) for job in jobs]
             recorded = self._outbox.record(connection, run.lane, events)
         return table_from_events(recorded)
 

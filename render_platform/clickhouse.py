@@ -1,0 +1,262 @@
+"""ClickHouse, the fast path's store: usage events as they were recorded, and their rollup by minute.
+
+One client API for both kinds of DSN: `chdb:///folder` (the engine in this process, which owns the folder)
+and `http(s)://user:password@host:port` (a server, 24.8 or newer). What holds for both:
+
+- Any failure raises Unavailable with a remedy and without secrets. A failed read is never an empty result.
+- Times are integer microseconds UTC; ranges are [start_us, end_us) of `recorded_at`; sums are exact.
+- An insert that returned survives `kill -9` of the process; power loss may take it back: no evidence.
+- Threads may share one ClickHouse. On a chdb folder their calls run one after another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import clickhouse_connect
+import pyarrow as pa
+from clickhouse_connect.driver.exceptions import ClickHouseError
+from urllib3.exceptions import HTTPError
+
+from render_platform.clickhouse_schema import (
+    LATENCY_QUERY,
+    MIGRATIONS,
+    MIGRATIONS_TABLE,
+    ROLLUP_QUERY,
+    ROLLUP_SCHEMA,
+    ROWS_OF_KEYS,
+    ROWS_ORDER,
+    ROWS_QUERY,
+    WINDOW_SCHEMA,
+    WINDOWS_QUERY,
+)
+from render_platform.clock import US_PER_SECOND
+from render_platform.errors import Unavailable, UsageError
+from render_platform.events import EVENT_SCHEMA, require_schema
+
+MINUTE_US = 60 * US_PER_SECOND
+OLDEST_SERVER = [24, 8]
+_TOO_OLD = "ClickHouse is too old or unsupported", "24.8 or newer is needed"
+
+_DRIVER_ERRORS = (ClickHouseError, HTTPError, OSError, pa.ArrowException, ImportError)
+_BOUNDED = ("result", "read", "group_by", "sort", "timeout")
+_NO_PARTIAL_RESULTS = {f"{what}_overflow_mode": "throw" for what in _BOUNDED}
+_INSERT_SETTINGS = {
+    "async_insert": 0,
+    "insert_deduplicate": 1,
+    "deduplicate_blocks_in_dependent_materialized_views": 1,
+    "max_partitions_per_insert_block": 1_000,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Estimated quantiles (t-digest) of a model's time from request to answer."""
+
+    model_name: str
+    events: int
+    p50_us: int
+    p90_us: int
+    p99_us: int
+
+
+def open_clickhouse(dsn: str, database: str, retention_days: int = 0) -> ClickHouse:
+    """Connect, create the database where there is none, and migrate it.
+
+    `retention_days` sets how long both tables keep rows; 0 keeps all, and takes an earlier limit away.
+    Raises UsageError for a DSN or name that cannot be used, Unavailable for everything else.
+    """
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", database):
+        raise UsageError(f"{database!r} is not a database name", "use letters, digits and underscores")
+    with _translated(dsn):
+        client = _connect(dsn)
+    clickhouse = ClickHouse(client, dsn, database)
+    try:
+        clickhouse.prepare(retention_days)
+    except BaseException:
+        clickhouse.close()
+        raise
+    return clickhouse
+
+
+class ClickHouse:
+    """The rules on top of this module hold for every method."""
+
+    def __init__(self, client: Any, dsn: str, database: str) -> None:
+        self._client, self._dsn, self._database = client, dsn, database
+
+    def prepare(self, retention_days: int) -> None:
+        """Create the database, its tables and their retention where they are not so already."""
+        _require_version(self._client.server_version)
+        known = "SELECT count() FROM system.databases WHERE name = {name:String}"
+        if not self._one(known, name=self._database):
+            self._command(f"CREATE DATABASE IF NOT EXISTS `{self._database}`")
+        self._client.database = self._database
+        self.migrate()
+        for table, column in (("usage_events", "recorded_at"), ("usage_minute", "minute")):
+            self._keep_for(retention_days, table, column)
+
+    def migrate(self) -> None:
+        """Run the migrations that the database does not name yet; safe to repeat after a crash in it."""
+        self._command(MIGRATIONS_TABLE)
+        done = set(self._query("SELECT number FROM schema_migrations").column("number").to_pylist())
+        if unknown := done - {number for number, _, _ in MIGRATIONS}:
+            raise Unavailable(f"migration {max(unknown)} is not known here", "install a newer version")
+        insert = "INSERT INTO schema_migrations SELECT {number:UInt32}, {name:String}"
+        for number, name, statements in MIGRATIONS:
+            if number not in done:
+                for statement in statements:
+                    self._command(statement)
+                self._command(insert, number=number, name=name)
+
+    def _keep_for(self, days: int, table: str, column: str) -> None:
+        query = "SELECT engine_full FROM system.tables WHERE database = {db:String} AND name = {name:String}"
+        engine = self._one(query, db=self._database, name=table)
+        found = re.search(r" TTL .*toIntervalDay\((\d+)\)", engine)
+        if int(found[1] if found else 0) != days:
+            ttl = f"MODIFY TTL toDateTime({column}) + toIntervalDay({days:d})" if days else "REMOVE TTL"
+            self._command(f"ALTER TABLE {table} {ttl}")
+
+    def insert_events(self, table: pa.Table, token: str) -> None:
+        """Insert rows of EVENT_SCHEMA; on return they are in the raw table and in the rollup.
+
+        `token` names an immutable batch: the same rows in one order. A retry with it adds what is missing
+        and nothing twice, among the last 10,000 inserts; other rows under a used token are silently dropped.
+        After Unavailable the rows may be in either table, in both or in none: retry with the same token.
+        """
+        require_schema(table.schema)
+        if not token:
+            raise UsageError("an insert needs a deduplication token", "name the batch")
+        if table.num_rows:
+            settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token}
+            with _translated(self._dsn):
+                self._client.insert_arrow("usage_events", table.combine_chunks(), settings=settings)
+
+    def window_aggregates(self, start_us: int, end_us: int) -> pa.Table:
+        """WINDOW_SCHEMA from the raw rows: `window` counts 300 s since 1970; the id sums wrap at 2^64."""
+        return _typed(self._query(WINDOWS_QUERY, start=start_us, end=end_us), WINDOW_SCHEMA)
+
+    def rollup_aggregates(self, start_us: int, end_us: int) -> pa.Table:
+        """ROLLUP_SCHEMA from the rollup; UsageError unless both ends are whole minutes."""
+        return _typed(self._query(ROLLUP_QUERY, **_minutes(start_us, end_us)), ROLLUP_SCHEMA)
+
+    def rows(self, start_us: int, end_us: int, keys: Sequence[tuple[str, str]] | None = None) -> pa.Table:
+        """Rows of EVENT_SCHEMA by event_id, duplicates kept; `keys` are (customer_ref, model_name)."""
+        values: dict[str, Any] = {"start": start_us, "end": end_us}
+        if keys is not None:
+            values |= {"customers": [key[0] for key in keys], "models": [key[1] for key in keys]}
+        sql = f"{ROWS_QUERY} {ROWS_OF_KEYS if keys is not None else ''} {ROWS_ORDER}"
+        return _typed(self._query(sql, **values), EVENT_SCHEMA)
+
+    def totals(self, source: str | None = None) -> tuple[int, int]:
+        """How many rows there are, of one source or of all, and their exact GPU time in ns."""
+        sql = "SELECT count() AS n, toString(sum(toInt128(gpu_time_ns))) AS ns FROM usage_events"
+        if source is not None:
+            sql += " WHERE source = {source:String}"
+        row = self._query(sql, source=source or "").to_pylist()[0]
+        return int(row["n"]), int(row["ns"])
+
+    def latency_quantiles(self, start_us: int, end_us: int) -> list[Latency]:
+        """One Latency a model, by name, from the rollup; UsageError unless both ends are whole minutes."""
+        found = self._query(LATENCY_QUERY, **_minutes(start_us, end_us)).to_pylist()
+        return [Latency(row["model_name"], row["events"], *row["quantiles"]) for row in found]
+
+    def health(self) -> str:
+        """The version that answers now."""
+        return str(self._one("SELECT version()"))
+
+    def close(self) -> None:
+        """Let go of the folder or the connections; harmless when repeated. Call nothing after it."""
+        self._client.close()
+
+    def _query(self, sql: str, **values: Any) -> pa.Table:
+        with _translated(self._dsn):
+            return self._client.query_arrow(sql, parameters=values)
+
+    def _one(self, sql: str, **values: Any) -> Any:
+        for row in self._query(sql, **values).to_pylist():
+            return next(iter(row.values()))
+        raise Unavailable("a table of ClickHouse is missing", "see that nothing else changes this database")
+
+    def _command(self, sql: str, **values: Any) -> None:
+        with _translated(self._dsn):
+            self._client.command(sql, parameters=values)
+
+
+def _connect(dsn: str) -> Any:
+    scheme, _, rest = dsn.partition("://")
+    options: dict[str, Any] = {"settings": _NO_PARTIAL_RESULTS, "interface": scheme}
+    if scheme == "chdb" and rest and "?" not in rest:
+        Path(rest).mkdir(parents=True, exist_ok=True)
+        return clickhouse_connect.get_client(path=rest, **options)
+    if scheme not in ("http", "https"):
+        raise UsageError("this is no ClickHouse DSN", "give chdb:///folder or http(s)://user:password@host:port")
+    options |= {"autogenerate_session_id": False, "connect_timeout": 5, "send_receive_timeout": 60}
+    try:
+        return clickhouse_connect.get_client(dsn=dsn, **options)
+    except ValueError:  # a port or an option; its text may quote a password
+        raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it") from None
+
+
+@contextmanager
+def _translated(dsn: str) -> Iterator[None]:
+    """Turn what the driver raises into Unavailable; the cause is left out because it may hold secrets."""
+    try:
+        yield
+    except _DRIVER_ERRORS as error:
+        message, remedy = _explain(str(error), dsn)
+        raise Unavailable(message, remedy) from None
+
+
+def _explain(text: str, dsn: str) -> tuple[str, str]:
+    if "Unknown identifier: readonly" in text:
+        return _TOO_OLD
+    if "Error initializing EmbeddedServer" in text:
+        what = "the embedded ClickHouse did not open: most likely another process owns the embedded database"
+        return what, "stop the other process or point RENDER_PLATFORM_CLICKHOUSE_DSN at a server"
+    if "EmbeddedServer already initialized" in text:
+        return "this process has another embedded ClickHouse open", "close it first: a process has one folder"
+    where = "that its folder can be written" if dsn.startswith("chdb:") else "the server and its address"
+    remedy = f"check {where}, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
+    return f"ClickHouse failed: {_scrubbed(text, dsn)}", remedy
+
+
+def _scrubbed(text: str, dsn: str) -> str:
+    """The first line of an error, without the DSN and what its password is, plain or encoded."""
+    secret = urlsplit(dsn).password if not dsn.startswith("chdb:") else None
+    for hidden in filter(None, (dsn, secret, unquote(secret or ""))):
+        text = text.replace(hidden, "***")
+    return " ".join(text.split("\n", 1)[0].split())[:300]
+
+
+def _require_version(version: str) -> None:
+    if [int(number) for number in re.findall(r"\d+", version)[:2]] < OLDEST_SERVER:
+        raise Unavailable(*_TOO_OLD)
+
+
+def _minutes(start_us: int, end_us: int) -> dict[str, int]:
+    if start_us % MINUTE_US or end_us % MINUTE_US:
+        raise UsageError("the rollup is by minute", "ask for a range that begins and ends on a minute")
+    return {"start": start_us // US_PER_SECOND, "end": end_us // US_PER_SECOND}
+
+
+def _typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with exactly this schema; a column that does not fit it is a failed read."""
+    try:
+        return pa.table([_cast(table.column(f.name).combine_chunks(), f) for f in schema], schema=schema)
+    except (KeyError, ValueError, TypeError) as error:
+        raise Unavailable("ClickHouse answered with columns of another type", "check its tables") from error
+
+
+def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
+    if column.null_count and not field.nullable:
+        raise ValueError(f"{field.name} holds a null")
+    if field.type == pa.uuid():
+        return pa.ExtensionArray.from_storage(field.type, column.cast(pa.binary(16)))
+    return column.cast(field.type)

@@ -1,0 +1,432 @@
+"""The ClickHouse adapter on the embedded engine, and how it fails."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+import pyarrow as pa
+import pytest
+
+from render_platform import events
+from render_platform.clickhouse import ClickHouse, open_clickhouse
+from render_platform.clickhouse_schema import MIGRATIONS, ROLLUP_SCHEMA, WINDOW_SCHEMA
+from render_platform.clock import DAY_US, HOUR_US, WINDOW_US
+from render_platform.errors import Finding, Unavailable, UsageError
+from render_platform.events import EVENT_SCHEMA, total_gpu_time_ns
+from tests import chdb_server, factories
+from tests.factories import START_US
+
+END_US = START_US + HOUR_US
+
+
+@pytest.fixture
+def name() -> str:
+    return chdb_server.fresh_database()
+
+
+@pytest.fixture
+def clickhouse(name: str) -> Iterator[ClickHouse]:
+    with closing(open_clickhouse(chdb_server.shared_dsn(), name)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def raw(clickhouse: ClickHouse, name: str) -> Iterator[Any]:
+    """A client of the driver's own, on the same database."""
+    path = str(chdb_server.shared_clickhouse_path())
+    with closing(clickhouse_connect.get_client(interface="chdb", path=path, database=name)) as client:
+        yield client
+
+
+def oracle(table: pa.Table) -> dict[tuple[int, str, str], list[int]]:
+    """Window, customer and model to events, ns, id sum and bound sum, in Python integers."""
+    sums: dict[tuple[int, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for row in table.to_pylist():
+        us = round(row["recorded_at"].timestamp() * 1_000_000)
+        low = row["event_id"].int % 2**64
+        entry = sums[us // WINDOW_US, row["customer_ref"], row["model_name"]]
+        entry[0] += 1
+        entry[1] += row["gpu_time_ns"]
+        entry[2] = (entry[2] + low) % 2**64
+        entry[3] = (entry[3] + low % 2**32 * row["gpu_time_ns"]) % 2**64
+    return dict(sums)
+
+
+def by_key(table: pa.Table) -> dict[tuple[int, str, str], list[int]]:
+    rows = [list(row.values()) for row in table.to_pylist()]
+    return {(row[0], row[1], row[2]): [int(value) for value in row[3:]] for row in rows}
+
+
+def rollup_events(clickhouse: ClickHouse) -> int:
+    return sum(clickhouse.rollup_aggregates(START_US - DAY_US, END_US + DAY_US).column("events").to_pylist())
+
+
+def test_rows_come_back_exactly(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(500, seed=1)
+    clickhouse.insert_events(table, "a")
+    found = clickhouse.rows(START_US, END_US)
+    found.validate(full=True)
+    assert found.equals(table)
+    assert found.schema.equals(EVENT_SCHEMA, check_metadata=True)
+    nullable = [field.name for field in EVENT_SCHEMA if field.nullable]
+    assert all(0 < table.column(column).null_count < 500 for column in nullable)
+
+
+def test_extreme_values_come_back_exactly(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(4, seed=2)
+    table = factories.replace_column(table, "gpu_time_ns", [0, 1, 2**63 - 1, 2**53 + 1])
+    table = factories.replace_column(table, "nonce", [bytes(16), b"\0" * 15 + b"x", b"x" + b"\0" * 15, b"\xff" * 16])
+    clickhouse.insert_events(table, "a")
+    assert clickhouse.rows(START_US, END_US).equals(table)
+
+
+def test_an_empty_range_is_an_empty_table_of_the_schema(clickhouse: ClickHouse) -> None:
+    assert clickhouse.rows(START_US, END_US).equals(EVENT_SCHEMA.empty_table())
+    assert clickhouse.window_aggregates(START_US, END_US).equals(WINDOW_SCHEMA.empty_table())
+    assert clickhouse.rollup_aggregates(START_US, END_US).equals(ROLLUP_SCHEMA.empty_table())
+    assert clickhouse.latency_quantiles(START_US, END_US) == []
+    assert clickhouse.totals() == (0, 0)
+    clickhouse.insert_events(EVENT_SCHEMA.empty_table(), "a")
+
+
+def test_rows_keep_duplicates_in_the_order_of_event_id(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(50, seed=3)
+    clickhouse.insert_events(table, "a")
+    clickhouse.insert_events(table, "b")
+    found = clickhouse.rows(START_US, END_US).column("event_id").to_pylist()
+    assert found == sorted(found)
+    assert found == sorted(table.column("event_id").to_pylist() * 2)
+
+
+def test_the_range_holds_its_begin_and_not_its_end(clickhouse: ClickHouse) -> None:
+    rng = random.Random(4)
+    times = (START_US - 1, START_US, END_US - 1, END_US)
+    made = [factories.make_event(rng, recorded_at=us) for us in times]
+    clickhouse.insert_events(events.table_from_events(made), "a")
+    found = clickhouse.rows(START_US, END_US).column("recorded_at").cast(pa.int64()).to_pylist()
+    assert sorted(found) == [START_US, END_US - 1]
+    assert sum(clickhouse.window_aggregates(START_US, END_US).column("events").to_pylist()) == 2
+    assert sum(clickhouse.rollup_aggregates(START_US, END_US).column("events").to_pylist()) == 2
+
+
+def test_rows_of_some_keys(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(300, seed=5)
+    clickhouse.insert_events(table, "a")
+    keys = [(factories.CUSTOMERS[0], "flux-1-dev"), (factories.CUSTOMERS[1], "llama-3-70b")]
+    expected = [row for row in table.to_pylist() if (row["customer_ref"], row["model_name"]) in keys]
+    assert expected
+    assert clickhouse.rows(START_US, END_US, keys).to_pylist() == expected
+    assert clickhouse.rows(START_US, END_US, []).num_rows == 0
+
+
+def test_a_key_is_a_value_and_never_sql(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(2, seed=6)
+    odd = "a'b\\c\"}\n-- ') OR 1=1"
+    clickhouse.insert_events(factories.replace_column(table, "model_name", [odd, "plain"]), "a")
+    customer = table.column("customer_ref")[0].as_py()
+    assert clickhouse.rows(START_US, END_US, [(customer, odd)]).column("model_name").to_pylist() == [odd]
+    assert clickhouse.rows(START_US, END_US, [("' OR '1'='1", odd)]).num_rows == 0
+
+
+def test_a_token_inserts_its_rows_once_into_raw_and_rollup(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(100, seed=7, start_us=END_US - HOUR_US // 2 - DAY_US, span_us=2 * DAY_US)
+    for _ in range(3):
+        clickhouse.insert_events(table, "same")
+    assert clickhouse.totals() == (100, total_gpu_time_ns(table))
+    assert sum(clickhouse.rollup_aggregates(0, END_US + 9 * DAY_US).column("events").to_pylist()) == 100
+    clickhouse.insert_events(table, "other")
+    assert clickhouse.totals()[0] == 200
+
+
+def test_a_token_that_was_used_drops_other_rows(clickhouse: ClickHouse) -> None:
+    clickhouse.insert_events(factories.make_table(10, seed=8), "used")
+    clickhouse.insert_events(factories.make_table(10, seed=9), "used")
+    assert clickhouse.totals()[0] == 10
+
+
+def test_a_retry_heals_an_insert_whose_view_failed(clickhouse: ClickHouse, raw: Any) -> None:
+    table = factories.make_table(100, seed=10)
+    raw.command("RENAME TABLE usage_minute TO aside")
+    with pytest.raises(Unavailable):
+        clickhouse.insert_events(table, "a")
+    raw.command("RENAME TABLE aside TO usage_minute")
+    for _ in range(2):
+        clickhouse.insert_events(table, "a")
+        assert (clickhouse.totals()[0], rollup_events(clickhouse)) == (100, 100)
+
+
+def test_an_insert_needs_a_token_and_the_schema(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(1)
+    with pytest.raises(UsageError):
+        clickhouse.insert_events(table, "")
+    with pytest.raises(Finding):
+        clickhouse.insert_events(table.drop_columns(["nonce"]), "a")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_aggregates_equal_python(clickhouse: ClickHouse, raw: Any, seed: int) -> None:
+    table = factories.make_table(700, seed)
+    rng = random.Random(seed)
+    table = factories.replace_column(table, "gpu_time_ns", [rng.randrange(2**62, 2**63) for _ in range(700)])
+    for part in range(7):
+        clickhouse.insert_events(table.slice(part * 100, 100), f"{part}")
+    if seed % 2:
+        raw.command("OPTIMIZE TABLE usage_minute FINAL")
+    expected = oracle(table)
+    assert max(sums[1] for sums in expected.values()) > 2**63
+    windows = clickhouse.window_aggregates(START_US, END_US)
+    assert windows.schema.equals(WINDOW_SCHEMA)
+    assert by_key(windows) == expected
+    rollup = clickhouse.rollup_aggregates(START_US, END_US)
+    assert rollup.equals(windows.select(ROLLUP_SCHEMA.names))
+    assert sum(rollup.column("gpu_time_ns").to_pylist(), Decimal(0)) == total_gpu_time_ns(table)
+    assert clickhouse.totals() == (700, total_gpu_time_ns(table))
+
+
+def test_a_swapped_amount_changes_the_bound_sum_alone(clickhouse: ClickHouse) -> None:
+    rng = random.Random(11)
+    key = {"customer_ref": factories.CUSTOMERS[0], "model_name": "flux-1-dev", "recorded_at": START_US}
+    pair = [factories.make_event(rng, **key, gpu_time_ns=ns, gpu_count=1) for ns in (10, 20)]
+    table = events.table_from_events(pair)
+    clickhouse.insert_events(factories.replace_column(table, "gpu_time_ns", [20, 10]), "a")
+    (found,) = by_key(clickhouse.window_aggregates(START_US, END_US)).values()
+    (true,) = oracle(table).values()
+    assert found[:3] == true[:3]
+    assert found[3] != true[3]
+
+
+def test_totals_of_one_source(clickhouse: ClickHouse) -> None:
+    rng = random.Random(12)
+    made = [factories.make_event(rng, source=source) for source in ("trace:1", "gateway:1", "trace:1")]
+    clickhouse.insert_events(events.table_from_events(made), "a")
+    assert clickhouse.totals("trace:1") == (2, made[0].gpu_time_ns + made[2].gpu_time_ns)
+    assert clickhouse.totals("nobody") == (0, 0)
+
+
+def test_latency_quantiles(clickhouse: ClickHouse) -> None:
+    table = factories.make_table(1_000, seed=13)
+    table = factories.replace_column(table, "model_name", ["one"] * 1_000)
+    clickhouse.insert_events(factories.replace_column(table, "total_time_us", list(range(1_000))), "a")
+    (latency,) = clickhouse.latency_quantiles(START_US, END_US)
+    assert (latency.model_name, latency.events) == ("one", 1_000)
+    assert latency.p50_us == pytest.approx(500, abs=10)
+    assert latency.p90_us == pytest.approx(900, abs=10)
+    assert latency.p99_us == pytest.approx(990, abs=10)
+
+
+def test_unknown_tokens_are_counted_apart_from_zero(clickhouse: ClickHouse, raw: Any) -> None:
+    table = factories.make_table(3, seed=14)
+    clickhouse.insert_events(factories.replace_column(table, "input_tokens", [None, 0, 5]), "a")
+    row = raw.query("SELECT sum(input_tokens_known), sum(input_tokens_sum), max(gpu_time_ns_max) FROM usage_minute")
+    assert row.first_row == (2, 5, max(table.column("gpu_time_ns").to_pylist()))
+
+
+def test_the_rollup_is_by_minute(clickhouse: ClickHouse) -> None:
+    with pytest.raises(UsageError):
+        clickhouse.rollup_aggregates(START_US + 1, END_US)
+    with pytest.raises(UsageError):
+        clickhouse.latency_quantiles(START_US, END_US + 1)
+
+
+def test_rows_are_partitioned_by_day_in_utc(clickhouse: ClickHouse, raw: Any) -> None:
+    midnight = START_US - START_US % DAY_US
+    rng = random.Random(15)
+    made = [factories.make_event(rng, recorded_at=us) for us in (midnight - 1, midnight)]
+    clickhouse.insert_events(events.table_from_events(made), "a")
+    query = "SELECT table, partition FROM system.parts WHERE database = currentDatabase() AND active AND rows > 0"
+    found = {tuple(row) for row in raw.query(query).result_rows}
+    days = ("2023-11-15", "2023-11-16")
+    assert {(table, day) for table in ("usage_events", "usage_minute") for day in days} <= found
+
+
+def test_migrating_again_changes_nothing(clickhouse: ClickHouse, raw: Any) -> None:
+    clickhouse.insert_events(factories.make_table(5), "a")
+    clickhouse.migrate()
+    assert clickhouse.totals()[0] == 5
+    numbers = [row[0] for row in raw.query("SELECT number FROM schema_migrations ORDER BY number").result_rows]
+    assert numbers == [number for number, _, _ in MIGRATIONS]
+
+
+def test_a_migration_that_crashed_between_statements_goes_on(clickhouse: ClickHouse, raw: Any) -> None:
+    clickhouse.insert_events(factories.make_table(5), "a")
+    raw.command("TRUNCATE TABLE schema_migrations")
+    raw.command("DROP TABLE usage_minute_view")
+    clickhouse.migrate()
+    clickhouse.insert_events(factories.make_table(5, seed=1), "b")
+    assert (clickhouse.totals()[0], rollup_events(clickhouse)) == (10, 10)
+
+
+def test_a_newer_database_is_refused(clickhouse: ClickHouse, raw: Any) -> None:
+    raw.command("INSERT INTO schema_migrations VALUES (99, 'later')")
+    with pytest.raises(Unavailable, match="99"):
+        clickhouse.migrate()
+
+
+def ttl_tables(client: Any, name: str) -> dict[str, int]:
+    query = "SELECT name, countSubstrings(engine_full, ' TTL ') FROM system.tables WHERE database = {db:String}"
+    found = dict(client.query(query, parameters={"db": name}).result_rows)
+    return {table: found[table] for table in ("usage_events", "usage_minute")}
+
+
+def test_rows_expire_only_when_asked(clickhouse: ClickHouse, raw: Any, name: str) -> None:
+    clickhouse.insert_events(factories.make_table(20), "old rows")
+    raw.command("OPTIMIZE TABLE usage_events FINAL")
+    assert ttl_tables(raw, name) == {"usage_events": 0, "usage_minute": 0}
+    assert clickhouse.totals()[0] == 20
+    with closing(open_clickhouse(chdb_server.shared_dsn(), name, retention_days=90)) as limited:
+        assert ttl_tables(raw, name) == {"usage_events": 1, "usage_minute": 1}
+        for table in ("usage_events", "usage_minute"):
+            raw.command(f"OPTIMIZE TABLE {table} FINAL")
+        assert (limited.totals()[0], rollup_events(limited)) == (0, 0)
+    with closing(open_clickhouse(chdb_server.shared_dsn(), name)):
+        assert ttl_tables(raw, name) == {"usage_events": 0, "usage_minute": 0}
+
+
+def test_health_is_the_version(clickhouse: ClickHouse) -> None:
+    assert int(clickhouse.health().split(".")[0]) >= 24
+
+
+def test_a_failed_read_is_not_an_empty_result(clickhouse: ClickHouse, raw: Any) -> None:
+    raw.command("DROP TABLE usage_events")
+    raw.command("DROP TABLE usage_minute")
+    for read in (clickhouse.rows, clickhouse.window_aggregates, clickhouse.rollup_aggregates):
+        with pytest.raises(Unavailable):
+            read(START_US, END_US)
+    with pytest.raises(Unavailable):
+        clickhouse.totals()
+
+
+def test_a_closed_database_is_unavailable(name: str) -> None:
+    closed = open_clickhouse(chdb_server.shared_dsn(), name)
+    closed.close()
+    closed.close()
+    with pytest.raises(Unavailable):
+        closed.totals()
+    with pytest.raises(Unavailable):
+        closed.insert_events(factories.make_table(1), "a")
+
+
+def test_threads_share_one_clickhouse(clickhouse: ClickHouse) -> None:
+    parts = [factories.make_table(50, seed) for seed in range(6)]
+    threads = [
+        threading.Thread(target=clickhouse.insert_events, args=(part, f"{number}")) for number, part in enumerate(parts)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert clickhouse.totals() == (300, sum(map(total_gpu_time_ns, parts)))
+
+
+def test_a_file_in_place_of_the_folder_is_unavailable(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    with pytest.raises(Unavailable, match="RENDER_PLATFORM_CLICKHOUSE_DSN"):
+        open_clickhouse(f"chdb://{file}", "t")
+
+
+def test_a_second_folder_in_one_process_is_unavailable(clickhouse: ClickHouse, tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="one folder"):
+        open_clickhouse(f"chdb://{tmp_path / 'other'}", "t")
+
+
+def test_a_second_process_is_told_who_owns_the_folder(clickhouse: ClickHouse) -> None:
+    code = "import sys; from render_platform import clickhouse; clickhouse.open_clickhouse(sys.argv[1], 't')"
+    command = [sys.executable, "-c", code, chdb_server.shared_dsn()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode
+    assert "another process owns the embedded database" in found.stderr
+    assert "stop the other process or point RENDER_PLATFORM_CLICKHOUSE_DSN at a server" in found.stderr
+
+
+def test_a_server_that_is_down_is_unavailable_and_the_password_stays_secret() -> None:
+    with pytest.raises(Unavailable, match="port=1") as caught:
+        open_clickhouse("http://someone:hunter%402@127.0.0.1:1", "t")
+    assert "hunter" not in f"{caught.value} {caught.value.__cause__}"
+    assert caught.value.__suppress_context__
+
+
+@contextmanager
+def server_that_answers(body: str) -> Iterator[str]:
+    """The host and port of a server that fails every request with `body`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(500)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_GET = do_POST
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("spelled", ["hunter@2", "hunter%402"])
+def test_a_server_that_repeats_the_password_does_not_make_us_repeat_it(spelled: str) -> None:
+    with (
+        server_that_answers(f"Code: 516. no entry for {spelled}\nmore") as address,
+        pytest.raises(Unavailable, match=r"no entry for \*\*\*") as caught,
+    ):
+        open_clickhouse(f"http://someone:hunter%402@{address}", "t")
+    assert "hunter" not in str(caught.value)
+
+
+def test_https_is_never_spoken_as_http() -> None:
+    with server_that_answers("plain text was understood") as address, pytest.raises(Unavailable) as caught:
+        open_clickhouse(f"https://{address}", "t")
+    assert "plain text" not in str(caught.value)
+
+
+def test_an_old_server_is_refused_in_one_sentence() -> None:
+    with (
+        server_that_answers("Code: 47. DB::Exception: Unknown identifier: readonly") as address,
+        pytest.raises(Unavailable) as caught,
+    ):
+        open_clickhouse(f"http://{address}", "t")
+    assert str(caught.value) == "ClickHouse is too old or unsupported (24.8 or newer is needed)"
+
+
+@pytest.mark.parametrize(("version", "good"), [("24.8.1.1", True), ("26.9", True), ("24.7.9", False), ("x", False)])
+def test_the_oldest_version(clickhouse: ClickHouse, name: str, version: str, good: bool) -> None:
+    clickhouse._client.server_version = version
+    if good:
+        clickhouse.prepare(0)
+    else:
+        with pytest.raises(Unavailable, match="too old"):
+            clickhouse.prepare(0)
+
+
+@pytest.mark.parametrize("dsn", ["", "chdb://", "chdb:///a?b", "mysql://h", "http://u:hunter/2@h:8123"])
+def test_a_dsn_that_cannot_be_used(dsn: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        open_clickhouse(dsn, "t")
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", ["", "a`b", "a b", "1a", "a" * 65])
+def test_a_database_name_that_cannot_be_used(bad: str) -> None:
+    with pytest.raises(UsageError):
+        open_clickhouse(chdb_server.shared_dsn(), bad)

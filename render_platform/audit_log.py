@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,8 +19,8 @@ import sqlalchemy as sa
 from render_platform import merkle, tiles
 from render_platform.cas import Cas
 from render_platform.database import Database, batches, checkpoints, log_entries, log_head
-from render_platform.entries import FIRST_PREVIOUS, AuditEntry, digest_of_entry
-from render_platform.errors import Missing, SequencerStopped
+from render_platform.entries import FIRST_PREVIOUS, AuditEntry, digest_of_entry, parse
+from render_platform.errors import Finding, Missing, SequencerStopped
 from render_platform.note import Checkpoint, Signer, read_checkpoint, sign_note
 from render_platform.objects import ObjectStore
 
@@ -86,6 +87,24 @@ class AuditLog:
 
     def _opened(self, data: bytes | None) -> Checkpoint | None:
         return None if data is None else read_checkpoint(data, [self._signer.verifier])
+
+    def check_tail(self, count: int = tiles.TILE_WIDTH) -> int:
+        """The newest entries: chained, hashed to the head, and the head the one published. Gives how many.
+
+        Finding where they are not; whole logs are checked by verification, not here.
+        """
+        self._compare(self.published())
+        with self._database.read() as connection:
+            head = _head(connection)
+            start = max(0, head.size - count)
+            entries = _column(connection, log_entries.c.entry, start, head.size)
+            leaves = _column(connection, log_entries.c.leaf_hash, start, head.size)
+        for before, after in pairwise(entries):
+            if parse(after).previous != digest_of_entry(before):
+                raise Finding("an entry does not name the digest of the one before it")
+        if any(merkle.leaf_hash(entry) != leaf for entry, leaf in zip(entries, leaves, strict=True)):
+            raise Finding("an entry does not have the leaf hash that the log's root was made of")
+        return len(entries)
 
     def _published_bytes(self) -> bytes | None:
         try:
@@ -247,10 +266,11 @@ def _draft(batch: Any) -> AuditEntry:
     )
 
 
-def create_head(database: Database) -> None:
-    """The head of an empty log, where there is none."""
+def create_head(database: Database) -> int:
+    """The head of an empty log, where there is none; gives the log's size."""
     with database.write() as connection:
-        if connection.execute(sa.select(log_head.c.id)).scalar() is None:
+        size = connection.execute(sa.select(log_head.c.size)).scalar()
+        if size is None:
             empty = merkle.Peaks.empty()
             connection.execute(
                 log_head.insert().values(
@@ -262,6 +282,7 @@ def create_head(database: Database) -> None:
                     last_entry_digest=FIRST_PREVIOUS,
                 )
             )
+    return int(size or 0)
 
 
 def _head(connection: sa.Connection) -> Any:

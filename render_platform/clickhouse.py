@@ -162,6 +162,11 @@ class ClickHouse:
         row = self._query(sql, source=source or "").to_pylist()[0]
         return int(row["n"]), int(row["ns"])
 
+    def duplicates(self) -> int:
+        """Rows beyond the first of their event_id, over everything that is kept."""
+        found = self._query("SELECT toInt64(count() - uniqExact(event_id)) AS rows FROM usage_events")
+        return int(found.column("rows")[0].as_py())
+
     def latency_quantiles(self, start_us: int, end_us: int) -> list[Latency]:
         """One Latency a model, by name, from the rollup; UsageError unless both ends are whole minutes."""
         found = self._query(LATENCY_QUERY, **_minutes(start_us, end_us)).to_pylist()

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 US_PER_SECOND = 1_000_000
@@ -67,6 +67,14 @@ def hour_of(us: int) -> int:
 def hours_between(start_us: int, end_us: int) -> Iterator[int]:
     """The begin of each hour that overlaps [start, end)."""
     yield from range(hour_of(start_us), end_us, HOUR_US)
+
+
+def time_us(text: str) -> int:
+    """The inverse of `iso`, for times in whole seconds or finer. ValueError where `text` is no time in UTC."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
 
 
 def iso(us: int) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from render_platform.errors import UsageError
 
@@ -90,6 +93,18 @@ def load_settings(environ: Mapping[str, str] | None = None, **options: Any) -> S
     values.update({name: value for name, value in options.items() if value is not None})
     settings = Settings(**values)
     return replace(settings, state_dir=settings.state_dir.expanduser().resolve())
+
+
+def configure_logs() -> None:
+    """Structured logs, one JSON object a line, to stderr: what a command prints stays for its reader."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:

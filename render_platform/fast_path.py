@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import pyarrow as pa
@@ -20,7 +20,6 @@ from render_platform.errors import Unavailable
 
 CHUNK_ROWS = 10_000
 
-Filter = Callable[[pa.Table], pa.Table]
 
 _log = structlog.get_logger()
 
@@ -32,21 +31,14 @@ class EventSink(Protocol):
 
 
 class FastPath:
-    """Publishes from one thread; its counts are since it was made.
+    """Publishes from one thread; its counts are since it was made."""
 
-    `let_through` returns those of the rows that may be sent: a demonstration loses rows with it, on purpose.
-    """
-
-    def __init__(
-        self, clickhouse: EventSink, clock: Clock, let_through: Filter | None = None, deadline_s: int = 60
-    ) -> None:
+    def __init__(self, clickhouse: EventSink, clock: Clock, deadline_s: int = 60) -> None:
         self._clickhouse = clickhouse
         self._clock = clock
-        self._let_through = let_through
         self._deadline_us = deadline_s * US_PER_SECOND
         self.delivered = 0
         self.dropped = 0
-        self.withheld = 0
         self.last_error = ""
 
     def publish(self, table: pa.Table) -> int:
@@ -55,24 +47,16 @@ class FastPath:
         Never raises Unavailable. After the first chunk that fails, or after `deadline_s`, the rest is
         dropped; a chunk that failed counts as dropped although it may have arrived.
         """
-        rows = self._select(table)
         expires_us = self._clock.now_us() + self._deadline_us
         delivered = 0
-        for chunk in _chunks(rows):
+        for chunk in _chunks(table):
             if not self._send(chunk, expires_us):
                 break
             delivered += chunk.num_rows
         self.delivered += delivered
-        if lost := rows.num_rows - delivered:
+        if lost := table.num_rows - delivered:
             self._drop(lost)
         return delivered
-
-    def _select(self, table: pa.Table) -> pa.Table:
-        if self._let_through is None:
-            return table
-        kept = self._let_through(table)
-        self.withheld += table.num_rows - kept.num_rows
-        return kept
 
     def _send(self, chunk: pa.Table, expires_us: int) -> bool:
         if self._clock.now_us() > expires_us:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from render_platform.clock import HOUR_US, US_PER_SECOND, Clock, hour_of
+from render_platform.clock import HOUR_US, US_PER_SECOND, Clock, hour_of, iso
 from render_platform.database import Database, batches, checkpoints, lanes, log_entries, reports, usage_events
 
 LIVE = "live"
@@ -32,11 +32,7 @@ class Hours:
     def closed_until(self, hour_us: int) -> int:
         """The time up to which the windows of this hour are closed; `hour_us` itself where none is."""
         with self._database.read() as connection:
-            covering = [
-                lane
-                for lane in connection.execute(sa.select(lanes)).all()
-                if lane.start_us <= hour_us and (lane.state == "open" or lane.frontier_us >= hour_us + HOUR_US)
-            ]
+            covering = _covering(connection, hour_us)
             if not covering:
                 return hour_us
             limits = [self._lane_limit(lane) for lane in covering if lane.state == "open"]
@@ -67,6 +63,22 @@ class Hours:
             ).scalars()
             settled = set(good)
         return [hour for hour in self.known() if hour not in settled]
+
+    def unreconciled(self) -> list[tuple[str, str]]:
+        """Hours whose last report is not `reconciled`, or out of date: name and status."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                sa.select(reports)
+                .where(reports.c.dirty | (reports.c.status != "reconciled"))
+                .order_by(reports.c.hour_us)
+            ).all()
+        return [(iso(row.hour_us), "out of date" if row.dirty else row.status) for row in rows]
+
+    def covered(self, at_us: int) -> bool:
+        """Whether any lane records, or recorded, into the hour of `at_us`."""
+        hour_us = hour_of(at_us)
+        with self._database.read() as connection:
+            return bool(_covering(connection, hour_us))
 
     def last_report(self, hour_us: int) -> LastReport | None:
         with self._database.read() as connection:
@@ -115,6 +127,15 @@ def entries_of_hour(connection: sa.Connection, hour_us: int, kind: str) -> list[
         .order_by(log_entries.c.log_index)
     ).scalars()
     return [bytes(entry) for entry in found]
+
+
+def _covering(connection: sa.Connection, hour_us: int) -> list[Any]:
+    """The lanes that record into the hour, or have come past its end."""
+    return [
+        lane
+        for lane in connection.execute(sa.select(lanes)).all()
+        if lane.start_us <= hour_us and (lane.state == "open" or lane.frontier_us >= hour_us + HOUR_US)
+    ]
 
 
 def _oldest_waiting(connection: sa.Connection, hour_us: int) -> int | None:

@@ -113,9 +113,7 @@ def consistency_proof(old_size: int, hashes: Sequence[bytes]) -> list[bytes]:
     return _subproof(old_size, hashes, True) if old_size else []
 
 
-def verify_consistency(
-    old_size: int, old_root: bytes, new_size: int, new_root: bytes, proof: Sequence[bytes]
-) -> None:
+def verify_consistency(old_size: int, old_root: bytes, new_size: int, new_root: bytes, proof: Sequence[bytes]) -> None:
     """Finding unless `proof` shows that the new tree extends the old one (RFC 9162, 2.1.4.2).
 
     The empty tree needs no proof, but its root must be EMPTY_ROOT.
@@ -133,9 +131,7 @@ def verify_consistency(
         raise Finding("consistency proof: too many nodes")
 
 
-def _verify_extension(
-    old_size: int, old_root: bytes, new_size: int, new_root: bytes, proof: Sequence[bytes]
-) -> None:
+def _verify_extension(old_size: int, old_root: bytes, new_size: int, new_root: bytes, proof: Sequence[bytes]) -> None:
     # A perfect old tree is a node of the new one, and its root is then left out of the proof.
     nodes = [old_root, *proof] if proof and old_size.bit_count() == 1 else list(proof)
     if not nodes:

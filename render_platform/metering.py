@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from render_platform.clock import WINDOW_US
 from render_platform.errors import RecordError
@@ -157,3 +159,29 @@ def _began_last(first: _Ints, last: _Ints, active: _Ints) -> list[int]:
             stack.pop()
         owners.append(stack[-1])
     return owners
+
+
+def conservation(table: pa.Table) -> list[str]:
+    """What is wrong in a table of EVENT_SCHEMA; nothing, if each device's GPU ns are at most its busy ns.
+
+    Holds for any subset of a device's events: at each instant the shares of those that run add up to at most one.
+    Events of several GPUs name one device only and are bounded one by one, by wall time × gpu_count.
+    """
+    single = table.filter(pc.equal(table.column("gpu_count"), 1))
+    starts = single.column("gpu_started_at").cast(pa.int64()).to_pylist()
+    ends = single.column("event_time").cast(pa.int64()).to_pylist()
+    devices = single.column("device_uuid").to_pylist()
+    billed: dict[str, int] = defaultdict(int)
+    intervals = []
+    for number, (device, start, end, gpu_time_ns) in enumerate(
+        zip(devices, starts, ends, single.column("gpu_time_ns").to_pylist(), strict=True)
+    ):
+        name = device or "a device without a name"
+        intervals.append(Interval(name, number, start * 1_000, end * 1_000))
+        billed[name] += gpu_time_ns
+    busy = busy_ns(intervals)
+    return [
+        f"{name} was billed {billed[name]} ns and was busy for {busy[name]} ns"
+        for name in sorted(billed)
+        if billed[name] > busy[name]
+    ]

@@ -75,9 +75,7 @@ class Verifier:
         name, _, rest = vkey.partition("+")
         key = _unbase64(rest.partition("+")[2]) or b""
         if not (_is_name(name) and len(key) == 33 and key[:1] == _ED25519):
-            raise UsageError(
-                "not an Ed25519 verifier key", "give it as <name>+<key id>+<base64>, on one line"
-            )
+            raise UsageError("not an Ed25519 verifier key", "give it as <name>+<key id>+<base64>, on one line")
         found = cls(name, key_id(name, key[1:]), key[1:])
         if found.vkey != vkey:
             raise UsageError(f"the verifier key of {name} has another key id", "copy the whole key again")
@@ -192,14 +190,10 @@ def load_or_create_key(path: Path, name: str) -> FileSigner:
         if not path.exists():
             _create_key(path, FileSigner(name, Ed25519PrivateKey.generate()))
         signer = _load_key(path)
-        _sync_folder(
-            path.parent
-        )  # Whoever made it: nothing may be signed with a key that a crash could lose.
+        _sync_folder(path.parent)  # Whoever made it: nothing may be signed with a key that a crash could lose.
         return signer
     except OSError as error:
-        raise Unavailable(
-            f"key file {path}: {error.strerror}", "check the path and its permissions"
-        ) from error
+        raise Unavailable(f"key file {path}: {error.strerror}", "check the path and its permissions") from error
 
 
 def _create_key(path: Path, signer: FileSigner) -> None:

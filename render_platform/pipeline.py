@@ -6,10 +6,11 @@ may be run again from any point, with no duplicate and no loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -17,16 +18,18 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from render_platform.audit_log import AuditLog, BatchLogger, create_head
+from render_platform.batches import decode
 from render_platform.cas import Cas, digest_of
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import WINDOW_US, Clock, Ids, SystemClock, SystemIds, iso
 from render_platform.config import Settings
-from render_platform.database import checkpoints, open_sqlite
+from render_platform.database import batches, checkpoints, open_sqlite
 from render_platform.delivery import Delivery
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, Unavailable, UsageError
+from render_platform.events import merkle_root
 from render_platform.hours import Hours, entries_of_hour, mark_dirty, mark_reported, mark_unchanged
-from render_platform.note import Checkpoint, load_or_create_key
+from render_platform.note import Checkpoint, FileSigner, load_or_create_key
 from render_platform.objects import FolderObjects
 from render_platform.outbox import Outbox
 from render_platform.reconciliation import (
@@ -41,7 +44,9 @@ from render_platform.reconciliation import (
 from render_platform.repair import Repairs
 from render_platform.sealing import Sealer
 from render_platform.slow_path import HourOfBatches, Key, SlowPath, of_keys, run_query
-from render_platform.verification import Evidence, Progress, Verification, verify
+from render_platform.verification import END_OF_TIME_US, Evidence, Progress, Verification, verify
+
+DuckDB = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +73,17 @@ class _Reading:
 
 
 class Platform:
-    def __init__(self, settings: Settings, clock: Clock, ids: Ids) -> None:
+    def __init__(self, settings: Settings, clock: Clock, ids: Ids, duckdb_connect: DuckDB = duckdb.connect) -> None:
         self.settings = settings
         self.clock = clock
         self.ids = ids
+        self._duckdb_connect = duckdb_connect
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         self.database = open_sqlite(settings.database_path)
-        create_head(self.database)
-        self.log_signer = load_or_create_key(settings.keys_dir / "checkpoint.key", _origin(ids))
-        self.attestation_signer = load_or_create_key(
-            settings.keys_dir / "attestation.key", f"{self.log_signer.name}/attestation"
+        begun = create_head(self.database) > 0
+        self.log_signer = _key(settings.keys_dir / "checkpoint.key", _origin(ids), begun)
+        self.attestation_signer = _key(
+            settings.keys_dir / "attestation.key", f"{self.log_signer.name}/attestation", begun
         )
         self.blobs = FolderObjects(settings.blobs_dir, ids)
         self.log_objects = FolderObjects(settings.log_dir, ids)
@@ -121,6 +127,10 @@ class Platform:
         indexes = BatchLogger(self.database, self.log).log_stored(mark_dirty)
         return LogState(len(indexes), self.log.publish())
 
+    def check_log_tail(self) -> int:
+        """The newest entries and the checkpoint; see AuditLog.check_tail."""
+        return self.log.check_tail()
+
     def flush(self) -> LogState:
         self.seal()
         self.store()
@@ -135,21 +145,21 @@ class Platform:
         revision = last.revision if last else 1
         threshold = self.settings.threshold_ppm
         try:
-            batches = self.slow.hour(hour_us)
-            reading = self._read(hour_us, closed, batches)
+            found = self.slow.hour(hour_us)
+            reading = self._read(hour_us, closed, found)
         except (Unavailable, Finding) as error:
             return unavailable_report(hour_us, revision, threshold, closed, str(error))
-        build = (threshold, batches.digests, closed, reading.figures, reading.diffs)
+        build = (threshold, found.digests, closed, reading.figures, reading.diffs)
         report = build_report(hour_us, revision, *build)
         if not report.final:
             return report
         if last is not None:
             if last.digest == digest_of(report.to_bytes()):
                 with self.database.write() as connection:
-                    mark_unchanged(connection, hour_us, len(batches.entries))
+                    mark_unchanged(connection, hour_us, len(found.entries))
                 return report
             report = build_report(hour_us, last.revision + 1, *build)
-        self._log_report(report, batches)
+        self._log_report(report, found)
         return report
 
     def repair(self, hour_us: int) -> RepairOutcome:
@@ -172,7 +182,15 @@ class Platform:
 
     # Reading evidence.
 
-    def verify(self, *, deep: bool = False, progress: Progress = lambda *_: None) -> Verification:
+    def verify(
+        self,
+        *,
+        deep: bool = False,
+        start_us: int = 0,
+        end_us: int = END_OF_TIME_US,
+        progress: Progress = lambda *_: None,
+    ) -> Verification:
+        """See verification.verify; with this state's own keys, and the checkpoints that its database remembers."""
         evidence = Evidence(
             log=self.log_objects,
             blobs=self.blobs,
@@ -180,7 +198,20 @@ class Platform:
             attestation_keys=[self.attestation_signer.verifier],
             history=self.history(),
         )
-        return verify(evidence, deep=deep, progress=progress)
+        return verify(evidence, deep=deep, start_us=start_us, end_us=end_us, progress=progress)
+
+    def stored_unlogged(self) -> list[dict[str, Any]]:
+        """The batches that are stored and not yet logged: what a check can still keep out of the log."""
+        with self.database.read() as connection:
+            rows = connection.execute(sa.select(batches).filter_by(state="stored").order_by(batches.c.ordinal))
+            return [dict(row) for row in rows.mappings()]
+
+    def read_batch(self, batch: Mapping[str, Any]) -> pa.Table:
+        """A stored batch's rows, through its digest; Finding where they are not those that were sealed."""
+        table = decode(self.cas.get(batch["blob_digest"]))
+        if merkle_root(table).hex() != batch["merkle_root"]:
+            raise Finding(f"the batch {batch['batch_id']} does not hold the rows that were sealed")
+        return table
 
     def history(self) -> list[Checkpoint]:
         """Every checkpoint that was published, as the database remembers it."""
@@ -198,13 +229,13 @@ class Platform:
         with self.database.read() as connection:
             return entries_of_hour(connection, hour_us, "usage_batch")
 
-    def _read(self, hour_us: int, closed: int, batches: HourOfBatches) -> _Reading:
+    def _read(self, hour_us: int, closed: int, found: HourOfBatches) -> _Reading:
         """Both sides, as far as the hour is closed."""
         if closed < hour_us + WINDOW_US:
             return _Reading([], {})
         end = closed - closed % WINDOW_US
-        with duckdb.connect() as connection:
-            slow = self.slow.window_aggregates(batches, connection)
+        with self._duckdb_connect() as connection:
+            slow = self.slow.window_aggregates(found, connection)
         fast = self.clickhouse.window_aggregates(hour_us, end)
         figures = [
             one
@@ -215,12 +246,12 @@ class Platform:
         if not differing:
             return _Reading(figures, {})
         fast_rows = self.clickhouse.rows(hour_us, end, sorted({key[1:] for key in differing}))
-        diffs = diff_rows(self.slow.rows(batches, differing), of_keys(fast_rows, differing))
+        diffs = diff_rows(self.slow.rows(found, differing), of_keys(fast_rows, differing))
         if any(key not in diffs for key in differing):
             raise Unavailable("the fast path changed while it was read", "reconcile the hour again")
         return _Reading(figures, diffs)
 
-    def _log_report(self, report: HourReport, batches: HourOfBatches) -> None:
+    def _log_report(self, report: HourReport, found: HourOfBatches) -> None:
         data = report.to_bytes()
         digest = self.cas.put(data)
         draft = AuditEntry(
@@ -235,7 +266,7 @@ class Platform:
         )
 
         def mark(connection: sa.Connection, _index: int) -> None:
-            mark_reported(connection, report.hour_us, report.revision, digest, report.status, len(batches.entries))
+            mark_reported(connection, report.hour_us, report.revision, digest, report.status, len(found.entries))
 
         self._append(draft, mark)
 
@@ -247,18 +278,30 @@ class Platform:
 
 @contextmanager
 def open_platform(
-    settings: Settings, clock: Clock | None = None, ids: Ids | None = None, *, create: bool = False
+    settings: Settings,
+    clock: Clock | None = None,
+    ids: Ids | None = None,
+    *,
+    create: bool = False,
+    duckdb_connect: DuckDB = duckdb.connect,
 ) -> Iterator[Platform]:
     """An open platform. Unless `create`, UsageError where the folder holds no state yet."""
     if not create and not settings.database_path.exists():
         raise UsageError(
             f"{settings.state_dir} holds no platform state", "run `render-platform demo`, or give --state DIR"
         )
-    platform = Platform(settings, clock or SystemClock(), ids or SystemIds())
+    platform = Platform(settings, clock or SystemClock(), ids or SystemIds(), duckdb_connect)
     try:
         yield platform
     finally:
         platform.close()
+
+
+def _key(path: Path, name: str, begun: bool) -> FileSigner:
+    """The key at `path`, made on first use. A log that has begun cannot go on under another key."""
+    if begun and not path.exists():
+        raise Unavailable(f"{path} is missing", "restore the key from a copy: this log was begun under it")
+    return load_or_create_key(path, name)
 
 
 def _origin(ids: Ids) -> str:

@@ -10,7 +10,6 @@ A status is one of four, of a key, a window, an hour; the worst wins:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,6 +124,10 @@ class HourReport:
     def total(self, name: str) -> int:
         return sum(getattr(window, name) for window in self.windows)
 
+    def count(self, cause: str) -> int:
+        """Events with one cause, over all keys."""
+        return sum(len(getattr(verdict.diff, cause)) for verdict in self.findings)
+
     @property
     def missing(self) -> tuple[str, ...]:
         return tuple(sorted(event_id for verdict in self.findings for event_id in verdict.diff.missing))
@@ -149,8 +152,7 @@ class HourReport:
     def summary(self) -> str:
         """One line for a person."""
         parts = [f"{iso(self.hour_us)[:13]}h {self.status}: {self.total('events')} events"]
-        causes = Counter({c: sum(len(getattr(v.diff, c)) for v in self.findings) for c in CAUSES})
-        parts += [f"{count} {cause}" for cause, count in causes.items() if count]
+        parts += [f"{self.count(cause)} {cause}" for cause in CAUSES if self.count(cause)]
         parts += [self.error] if self.error else []
         return ", ".join(parts)
 

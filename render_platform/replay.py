@@ -70,17 +70,15 @@ class Replay:
             )
         return Run(run_id, lane, 0, "replaying", resumed=False)
 
-    def advance(self, run: Run, trace: Trace, jobs: Sequence[SimulatedRun]) -> pa.Table:
-        """Record the run's next jobs, and give their rows as committed.
+    def advance(self, run: Run, at: int, trace: Trace, jobs: Sequence[SimulatedRun]) -> pa.Table:
+        """Record the run's jobs from row `at` of its schedule on, and give their rows as committed.
 
         One transaction: the events and `next_row`. A crash before its commit: the same jobs come again. After it: they
         are recorded, and their fast path is lost, as it would be in production; reconciliation finds and repairs it.
         """
         with self._database.write() as connection:
             moved = connection.execute(
-                runs.update()
-                .where(runs.c.run_id == run.run_id, runs.c.next_row == run.next_row)
-                .values(next_row=run.next_row + len(jobs))
+                runs.update().where(runs.c.run_id == run.run_id, runs.c.next_row == at).values(next_row=at + len(jobs))
             )
             if moved.rowcount != 1:
                 raise UsageError("another process replays this run", "let one of them finish")

@@ -13,7 +13,7 @@ from render_platform import batches
 from render_platform.cas import Cas
 from render_platform.entries import AuditEntry, parse
 from render_platform.errors import Unavailable, UsageError
-from render_platform.events import EVENT_SCHEMA
+from render_platform.events import EVENT_SCHEMA, total_gpu_time_ns
 
 Key = tuple[int, str, str]
 """Window (five minutes, counted from 1970), customer_ref, model_name."""
@@ -79,6 +79,15 @@ class SlowPath:
         for hour_us in hours_us:
             for entry in self.hour(hour_us).entries:
                 yield self._table(entry)
+
+    def totals(self, hours_us: Iterable[int], source: str) -> tuple[int, int]:
+        """Events and exact GPU ns of one source, read from the batches."""
+        events = gpu_time_ns = 0
+        for table in self.tables(hours_us):
+            of_source = table.filter(pc.equal(table.column("source"), source))
+            events += of_source.num_rows
+            gpu_time_ns += total_gpu_time_ns(of_source)
+        return events, gpu_time_ns
 
     def _select(self, hour: HourOfBatches, keep: Callable[[pa.Table], pa.Table]) -> pa.Table:
         parts = [keep(self._table(entry)) for entry in hour.entries]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from render_platform import attestation, batches, merkle, tiles
 from render_platform.cas import digest_at, digest_of, path_of
@@ -19,6 +20,7 @@ from render_platform.events import merkle_root, total_gpu_time_ns, uuid_texts
 from render_platform.note import Checkpoint, Verifier, read_checkpoint
 from render_platform.objects import ObjectStore
 
+END_OF_TIME_US = 2**63
 Progress = Callable[[str, int, int], None]
 """Called with the stage, what is done and what there is."""
 
@@ -35,16 +37,35 @@ class Verification:
 
     checkpoint: Checkpoint | None = None
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     entries: int = 0
     batches: int = 0
     records: int = 0
     gpu_time_ns: int = 0
     blobs: int = 0
     deep: bool = False
+    deep_batches: int = 0
+    deep_records: int = 0
 
     @property
     def verified(self) -> bool:
         return self.checkpoint is not None and not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verified": self.verified,
+            "size": self.checkpoint.size if self.checkpoint else None,
+            "root": self.checkpoint.root.hex() if self.checkpoint else None,
+            "entries": self.entries,
+            "batches": self.batches,
+            "events": self.records,
+            "gpu_time_ns": self.gpu_time_ns,
+            "objects": self.blobs,
+            "deep": self.deep,
+            "rows_read": self.deep_records,
+            "problems": [{"where": problem.where, "what": problem.what} for problem in self.problems],
+            "notes": self.notes,
+        }
 
     def add(self, where: str, what: str) -> None:
         self.problems.append(Problem(where, what))
@@ -61,8 +82,15 @@ class Evidence:
     history: Sequence[Checkpoint] = ()
 
 
-def verify(evidence: Evidence, *, deep: bool = False, progress: Progress = lambda *_: None) -> Verification:
-    """Check everything that the checkpoint covers. `deep` also re-reads the rows of every batch.
+def verify(
+    evidence: Evidence,
+    *,
+    deep: bool = False,
+    start_us: int = 0,
+    end_us: int = END_OF_TIME_US,
+    progress: Progress = lambda *_: None,
+) -> Verification:
+    """Check everything that the checkpoint covers. `deep` also re-reads the rows of the batches of [start, end).
 
     Raises Unavailable where a store cannot be read at all; whatever is wrong with the evidence is in the outcome.
     """
@@ -76,7 +104,8 @@ def verify(evidence: Evidence, *, deep: bool = False, progress: Progress = lambd
         leaves = _LogCheck(evidence, outcome, outcome.checkpoint).leaves()
         entries = _check_entries(leaves, outcome)
         _check_order([entry for entry in entries if entry is not None], outcome)
-    _BlobCheck(evidence, outcome, entries, progress).run()
+    deep_range = range(start_us, end_us) if deep else range(0)
+    _BlobCheck(evidence, outcome, entries, deep_range, progress).run()
     return outcome
 
 
@@ -225,12 +254,14 @@ class _BlobCheck:
         evidence: Evidence,
         outcome: Verification,
         entries: Sequence[AuditEntry | None],
+        deep: range,
         progress: Progress,
     ) -> None:
         self._blobs = evidence.blobs
         self._keys: Mapping[str, Verifier] = {key.vkey: key for key in evidence.attestation_keys}
         self._outcome = outcome
         self._entries = [entry for entry in entries if entry is not None]
+        self._deep = deep
         self._progress = progress
         self._by_subject = {e.subject_digest: e for e in self._entries if e.type == "usage_batch"}
         self._by_attestation = {e.attestation: e for e in self._entries if e.attestation}
@@ -279,7 +310,7 @@ class _BlobCheck:
     def _check_batch(self, entry: AuditEntry, data: bytes) -> None:
         if len(data) != entry.subject_size:
             raise Finding(f"has {len(data)} bytes; its entry says {entry.subject_size}")
-        if not self._outcome.deep:
+        if (entry.recorded_hour or 0) not in self._deep:
             return
         table = batches.decode(data)
         if table.num_rows != entry.records or total_gpu_time_ns(table) != entry.gpu_time_ns:
@@ -291,8 +322,13 @@ class _BlobCheck:
         if twice or len(set(ids)) != len(ids) or ids != sorted(ids):
             raise Finding(f"an event stands twice, or out of order: {', '.join(sorted(twice)[:3])}")
         self._seen_events.update(ids)
+        self._outcome.deep_batches += 1
+        self._outcome.deep_records += table.num_rows
 
     def _check_attestation(self, entry: AuditEntry, data: bytes) -> None:
+        if not self._keys:
+            self._outcome.notes = ["attestations' signatures were not checked: no attestation key was given"]
+            return
         signed = attestation.check(data, str(entry.subject_digest), self._keys)
         if (signed.get("events"), signed.get("gpu_time_ns")) != (entry.records, entry.gpu_time_ns):
             raise Finding("the attestation and the entry do not say the same")

@@ -1,0 +1,24 @@
+"""The assets: short bodies that call the library. One module a group; `views` makes their metadata."""
+
+import warnings
+
+import dagster as dg
+
+warnings.filterwarnings("ignore", category=dg.BetaWarning)  # backfill policies; before the modules that use them
+
+from assets.billing import gpu_jobs, sealed_batches  # noqa: E402
+from assets.compliance import audit_log, audit_verification, reconciliation, threshold  # noqa: E402
+from assets.fast_path import duplicates, fast_path_repair, inference_events  # noqa: E402
+from assets.storage import cas_batches  # noqa: E402
+
+ASSETS: list[dg.AssetsDefinition | dg.AssetSpec] = [
+    gpu_jobs,
+    inference_events,
+    sealed_batches,
+    cas_batches,
+    audit_log,
+    audit_verification,
+    reconciliation,
+    fast_path_repair,
+]
+CHECKS = [threshold, duplicates]

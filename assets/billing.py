@@ -1,0 +1,34 @@
+"""What the serving component records, and the billing flush that seals it."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from assets import views
+from resources.platform import PlatformResource
+
+gpu_jobs = dg.AssetSpec(
+    "gpu_jobs",
+    group_name="serving",
+    description="Finished GPU jobs. One row is one job's usage event in the outbox, committed with the job's end.",
+    kinds={"sqlite"},
+    owners=["team:serving"],
+)
+"""Written by the serving component with the end of each job; never computed by Dagster."""
+
+
+@dg.asset(
+    deps=["gpu_jobs"],
+    group_name="billing",
+    kinds={"sqlite"},
+    owners=["team:billing"],
+    description="Batches of usage events of one hour, closed for good. One row is one batch with its Merkle root.",
+    metadata={"dagster/column_schema": views.event_columns()},
+)
+def sealed_batches(platform: PlatformResource) -> dg.MaterializeResult[None]:
+    with platform.open() as open_platform:
+        sealed = open_platform.seal()
+        backlog = open_platform.outbox.backlog()
+    return dg.MaterializeResult(
+        metadata={"batches sealed": len(sealed), "batch ids": sealed[:50], "events still unsealed": backlog.rows}
+    )

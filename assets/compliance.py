@@ -1,0 +1,119 @@
+"""Audit log, its verification, and reconciliation of the slow path with the fast one."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from assets import views
+from assets.jobs import BACKFILL, DAYS, HOURS, day_of_key, hour_of_key
+from render_platform.errors import Finding, Unavailable
+from resources.platform import PlatformResource
+
+SEQUENCER = "sequencer"
+"""The pool of everything that appends to the log: one step at a time."""
+
+
+@dg.asset(
+    deps=["cas_batches"],
+    group_name="compliance",
+    kinds={"json"},
+    owners=["team:compliance"],
+    pool=SEQUENCER,
+    description="The signed, hash-chained log. One row is one entry; a checkpoint signs the Merkle root over all.",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "chain_and_signature",
+            asset="audit_log",
+            blocking=True,
+            description="The checkpoint's signature holds, and the newest entries chain and are the ones it covers.",
+        )
+    ],
+)
+def audit_log(platform: PlatformResource) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
+    with platform.open() as open_platform:
+        state = open_platform.log_batches()
+        yield dg.MaterializeResult(metadata={"entries added": state.logged, **views.checkpoint(state.checkpoint)})
+        try:
+            checked = open_platform.check_log_tail()
+        except (Finding, Unavailable) as error:
+            yield dg.AssetCheckResult(check_name="chain_and_signature", passed=False, description=str(error))
+        else:
+            yield dg.AssetCheckResult(
+                check_name="chain_and_signature", passed=True, metadata={"entries checked": checked}
+            )
+
+
+@dg.asset(
+    deps=["audit_log"],
+    partitions_def=DAYS,
+    backfill_policy=BACKFILL,
+    group_name="compliance",
+    kinds={"parquet", "json"},
+    owners=["team:compliance"],
+    description="A day's batches, re-read row by row, against the log and its checkpoint. One row is one day.",
+)
+def audit_verification(context: dg.AssetExecutionContext, platform: PlatformResource) -> dg.MaterializeResult[None]:
+    keys = context.partition_keys
+    start, end = day_of_key(keys[0])[0], day_of_key(keys[-1])[1]
+    with platform.open() as open_platform:
+        outcome = open_platform.verify(deep=True, start_us=start, end_us=end)
+    if not outcome.verified:
+        problems = "\n".join(f"- `{p.where}`: {p.what}" for p in outcome.problems[:50])
+        raise dg.Failure("the evidence does not verify", metadata={"problems": dg.MetadataValue.md(problems)})
+    return dg.MaterializeResult(
+        metadata={
+            "entries": outcome.entries,
+            "batches re-read": outcome.deep_batches,
+            "events re-read": outcome.deep_records,
+            **views.checkpoint(outcome.checkpoint),
+        }
+    )
+
+
+@dg.asset(
+    deps=["audit_log", "inference_events"],
+    partitions_def=HOURS,
+    backfill_policy=BACKFILL,
+    group_name="compliance",
+    kinds={"duckdb", "clickhouse"},
+    owners=["team:compliance"],
+    pool=SEQUENCER,
+    description="The hour's verdict, by five minutes, customer and model: DuckDB over the log against ClickHouse.",
+)
+def reconciliation(context: dg.AssetExecutionContext, platform: PlatformResource) -> None:
+    keys = context.partition_keys
+    unavailable = []
+    with platform.open() as open_platform:
+        for key in keys:
+            report = open_platform.reconcile(hour_of_key(key))
+            context.log.info(report.summary())
+            metadata = {
+                "status": report.status,
+                "revision": report.revision,
+                "dagster/partition_row_count": report.total("events"),
+                "fast events": report.total("fast_events"),
+                "GPU seconds": views.gpu_seconds(report.total("gpu_time_ns")),
+                "missing": len(report.missing),
+                "error": report.error,
+            }
+            if len(keys) == 1:  # tables would be copied into the event of every partition of a range
+                metadata |= {"windows": views.windows(report), "findings": views.findings(report)}
+            context.add_asset_metadata(metadata, partition_key=key)
+            unavailable += [report.summary()] if report.status == "unavailable" else []
+    if unavailable:
+        raise dg.Failure(f"{len(unavailable)} of {len(keys)} hours could not be read: {unavailable[0]}")
+
+
+@dg.asset_check(
+    asset=reconciliation,
+    name="threshold",
+    description="Every hour reported so far is reconciled. If not: materialize fast_path_repair for the hours named.",
+)
+def threshold(platform: PlatformResource) -> dg.AssetCheckResult:
+    with platform.open() as open_platform:
+        bad = open_platform.hours.unreconciled()
+    return dg.AssetCheckResult(
+        passed=not bad,
+        description="; ".join(f"{name} is {status}" for name, status in bad[:10]) or "every report is reconciled",
+        metadata={"hours": [name for name, _ in bad[:50]]},
+    )

@@ -1,0 +1,56 @@
+"""Partitions, by hours and days of `recorded_at` (UTC), and the jobs that sensors, schedules and people launch."""
+
+from __future__ import annotations
+
+import dagster as dg
+
+from render_platform.clock import HOUR_US, US_PER_SECOND, iso, time_us
+
+START = "2023-01-01"
+HOURS = dg.HourlyPartitionsDefinition(start_date=f"{START}-00:00", end_offset=1)
+DAYS = dg.DailyPartitionsDefinition(start_date=START)
+BACKFILL = dg.BackfillPolicy.multi_run(max_partitions_per_run=744)
+
+
+def hour_key(hour_us: int) -> str:
+    """`2023-11-16-18:00`, as Dagster names the hour."""
+    return iso(hour_us - hour_us % HOUR_US)[:16].replace("T", "-")
+
+
+def hour_of_key(key: str) -> int:
+    return time_us(f"{key[:10]}T{key[11:]}:00Z")
+
+
+def day_of_key(key: str) -> tuple[int, int]:
+    """Begin and end of a day."""
+    start = time_us(f"{key}T00:00:00Z")
+    return start, start + 24 * 3_600 * US_PER_SECOND
+
+
+flush = dg.define_asset_job(
+    "flush",
+    selection=dg.AssetSelection.assets("sealed_batches", "cas_batches", "audit_log"),
+    executor_def=dg.in_process_executor,
+    tags={"dagster/priority": "10"},
+    description="Seal, store, log and publish everything in the outbox. Safe to launch at any time.",
+)
+reconcile = dg.define_asset_job(
+    "reconcile",
+    selection=dg.AssetSelection.assets("reconciliation"),
+    partitions_def=HOURS,
+    description="Reconcile hours of the slow path with ClickHouse.",
+)
+repair = dg.define_asset_job(
+    "repair",
+    selection=dg.AssetSelection.assets("fast_path_repair"),
+    partitions_def=HOURS,
+    description="Insert into ClickHouse what reconciliation found missing.",
+)
+verify = dg.define_asset_job(
+    "verify",
+    selection=dg.AssetSelection.assets("audit_verification"),
+    partitions_def=DAYS,
+    description="Re-read days of evidence, row by row.",
+)
+
+JOBS = [flush, reconcile, repair, verify]

@@ -1,0 +1,162 @@
+"""What the commands print for a person: tables, progress bars, and the demo's story."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from render_platform.clock import iso
+from render_platform.demo import Story
+from render_platform.reconciliation import CAUSES, HourReport
+from render_platform.verification import Verification
+
+LABELS = {
+    "replay": "replay: outbox and ClickHouse",
+    "flush": "flush: seal, store, sign",
+    "reconcile": "reconcile hours",
+    "repair": "repair what is missing",
+    "verify": "verify",
+    "blobs": "verify objects",
+    "read": "read the trace",
+}
+COLOURS = {"reconciled": "green", "discrepant": "red", "pending": "yellow", "unavailable": "magenta"}
+MAX_LISTED = 20
+EXAMPLE_QUERY = "SELECT model_name, sum(gpu_time_ns) FROM usage_events GROUP BY ALL"
+
+
+def person() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage, on stderr; a stage that begins ends the one before. Without a terminal, a line a stage."""
+    console = Console(file=sys.stderr, highlight=False)
+    columns = (TextColumn("{task.description:<32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                for earlier in bars.values():
+                    _complete(progress, earlier)
+                bars[stage] = progress.add_task(LABELS.get(stage, stage), total=total)
+                if not console.is_terminal:
+                    console.print(f"{LABELS.get(stage, stage)} …")
+            progress.update(bars[stage], completed=done, total=total)
+
+        yield advance
+        for bar in bars.values():
+            _complete(progress, bar)
+
+
+def _complete(progress: Progress, bar: TaskID) -> None:
+    progress.update(bar, completed=progress.tasks[bar].total)
+
+
+def tell_story(console: Console, story: Story, state: str) -> None:
+    trace, run = story.trace, story.run
+    console.print(f"\n[bold]Trace[/]  {trace.path}: {len(trace.jobs):,} jobs, GPU time from a simulated device")
+    for bad in trace.bad_rows[:MAX_LISTED]:
+        console.print(f"  [yellow]line {bad.line}: not read:[/] {bad.reason}")
+    if trace.bad_rows:
+        console.print(f"  [yellow]{len(trace.bad_rows):,} rows could not be read[/]")
+    console.print(f"[bold]Run[/]    {run.run_id}" + (" (resumed)" if run.resumed else ""))
+    console.print(
+        f"[bold]Loss[/]   {story.lost_on_purpose:,} events of trace/{story.lossy_customer} were kept from ClickHouse "
+        "on purpose; reconciliation found:"
+    )
+    for hour in story.hours:
+        for customer, count in sorted(hour.missing.items()):
+            if count:
+                console.print(f"         {iso(hour.hour_us)[:13]}h  {count:,} events of {customer} missing")
+    console.print(_hours(story))
+    console.print(_counts(story))
+    console.print(f"\n[bold]Checkpoint[/]\n{_checkpoint(story.verification)}")
+    verdict = "[green]verified[/]" if story.verification.verified else "[red]NOT verified[/]"
+    console.print(f"[bold]Evidence[/] {verdict}: {_evidence(story.verification)}")
+    print_problems(console, story.verification)
+    console.print(
+        f"\n[bold]Next[/]   render-platform up --state {state}      these runs, in the Dagster UI"
+        f"\n       render-platform verify --deep --state {state}"
+        f"\n       render-platform query --state {state} "
+        '"SELECT model_name, sum(gpu_time_ns) FROM usage_events GROUP BY ALL"\n'
+    )
+
+
+def _hours(story: Story) -> Table:
+    table = Table(title="Hours", title_justify="left")
+    for name in ("hour (UTC)", "events", "missing", "before repair", "after repair"):
+        table.add_column(name, justify="right" if name in ("events", "missing") else "left")
+    for hour in story.hours:
+        missing = f"{sum(hour.missing.values()):,}"
+        table.add_row(
+            f"{iso(hour.hour_us)[:13]}h", f"{hour.events:,}", missing, _coloured(hour.before), _coloured(hour.after)
+        )
+    return table
+
+
+def _counts(story: Story) -> Table:
+    table = Table(title="This run, counted in three places", title_justify="left")
+    for name in ("", "outbox", "CAS", "ClickHouse", ""):
+        table.add_column(name, justify="right")
+    for name, counted in (("events", story.events), ("GPU ns", story.gpu_time_ns)):
+        equal = "[green]equal[/]" if counted.equal else "[red]DIFFERENT[/]"
+        table.add_row(name, *(f"{value:,}" for value in counted), equal)
+    return table
+
+
+def print_verification(console: Console, outcome: Verification) -> None:
+    if outcome.checkpoint is not None:
+        console.print(_checkpoint(outcome))
+    print_problems(console, outcome)
+    for note in outcome.notes:
+        console.print(f"[yellow]note:[/] {note}")
+    verdict = "[green]verified[/]" if outcome.verified else f"[red]{len(outcome.problems)} problems[/]"
+    console.print(f"{verdict}: {_evidence(outcome)}")
+
+
+def print_problems(console: Console, outcome: Verification) -> None:
+    for problem in outcome.problems:
+        console.print(f"[red]problem:[/] {problem.where}: {problem.what}", markup=True)
+
+
+def print_reports(console: Console, reports: list[HourReport]) -> None:
+    table = Table()
+    for name in ("hour (UTC)", "status", "revision", "events", "ClickHouse", *CAUSES):
+        table.add_column(name, justify="left" if name in ("hour (UTC)", "status") else "right")
+    for report in reports:
+        table.add_row(
+            f"{iso(report.hour_us)[:13]}h",
+            _coloured(report.status),
+            str(report.revision),
+            f"{report.total('events'):,}",
+            f"{report.total('fast_events'):,}",
+            *(f"{report.count(cause):,}" for cause in CAUSES),
+        )
+    console.print(table)
+    for report in reports:
+        if report.error:
+            console.print(f"{iso(report.hour_us)[:13]}h: {report.error}")
+
+
+def _coloured(status: str) -> str:
+    return f"[{COLOURS[status]}]{status}[/]"
+
+
+def _checkpoint(outcome: Verification) -> str:
+    at = outcome.checkpoint
+    return f"  {at.origin}\n  size {at.size:,}\n  root {at.root.hex()}" if at else "  none that can be read"
+
+
+def _evidence(outcome: Verification) -> str:
+    depth = f"{outcome.deep_records:,} rows re-read" if outcome.deep else "rows not re-read (--deep does)"
+    return (
+        f"{outcome.entries:,} entries, {outcome.batches:,} batches of {outcome.records:,} events, "
+        f"{outcome.blobs:,} objects rehashed, {depth}"
+    )

@@ -1,0 +1,95 @@
+"""The Dagster instance inside a state folder, and running jobs on it in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
+
+from assets.jobs import HOURS, START, hour_key
+from render_platform.clock import HOUR_US, iso
+from render_platform.config import Settings
+from render_platform.errors import Unavailable, UsageError
+
+DAGSTER_YAML = """\
+telemetry: {enabled: false}
+nux: {enabled: false}
+concurrency:
+  pools: {default_limit: 1, granularity: op}
+  runs: {max_concurrent_runs: 3}
+run_queue: {dequeue_interval_seconds: 1}
+run_monitoring: {enabled: true, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 20}
+"""
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+def prepare_home(settings: Settings) -> Path:
+    """The DAGSTER_HOME of a state folder, with its dagster.yaml; a file that stands already is left as it is."""
+    home = settings.dagster_home
+    home.mkdir(parents=True, exist_ok=True)
+    config = home / "dagster.yaml"
+    if not config.exists():
+        config.write_text(DAGSTER_YAML)
+    return home
+
+
+class LocalDagster:
+    """Runs the code location's jobs in this process, recorded in the state folder's instance."""
+
+    def __init__(self, settings: Settings) -> None:
+        os.environ["RENDER_PLATFORM_STATE_DIR"] = str(settings.state_dir)
+        self._instance = dg.DagsterInstance.from_config(str(prepare_home(settings)))
+        from definitions import defs  # here, so that describing the instance does not load the code location
+
+        self._defs = defs
+
+    def check_hours(self, hours_us: Sequence[int]) -> None:
+        """UsageError where an hour is not one of the code location's partitions."""
+        for hour in hours_us:
+            if not HOURS.has_partition_key(hour_key(hour)):
+                raise UsageError(
+                    f"{iso(hour)} is not a partition", f"partitions begin at {START} and end with the current hour"
+                )
+
+    def flush(self) -> None:
+        self._run("flush", {})
+
+    def reconcile(self, hours_us: Sequence[int]) -> None:
+        self._run_hours("reconcile", hours_us)
+
+    def repair(self, hours_us: Sequence[int]) -> None:
+        self._run_hours("repair", hours_us)
+
+    def close(self) -> None:
+        self._instance.dispose()
+
+    def _run_hours(self, job: str, hours_us: Sequence[int]) -> None:
+        for first, last in _ranges(hours_us):
+            tags = {
+                ASSET_PARTITION_RANGE_START_TAG: hour_key(first),
+                ASSET_PARTITION_RANGE_END_TAG: hour_key(last),
+            }
+            self._run(job, tags)
+
+    def _run(self, job: str, tags: dict[str, str]) -> None:
+        result = self._defs.resolve_job_def(job).execute_in_process(
+            instance=self._instance, tags=tags, run_config=_QUIET, raise_on_error=False
+        )
+        if not result.success:
+            failures = [e.step_failure_data.error for e in result.all_events if e.is_step_failure]
+            said = "; ".join(str(f.cause.message if f and f.cause else f and f.message).strip() for f in failures)
+            raise Unavailable(f"the Dagster run {result.run_id} of {job} failed: {said}", "see it in the Dagster UI")
+
+
+def _ranges(hours_us: Sequence[int]) -> list[tuple[int, int]]:
+    """Hours as ranges without holes."""
+    ranges: list[tuple[int, int]] = []
+    for hour in sorted(hours_us):
+        if ranges and hour == ranges[-1][1] + HOUR_US:
+            ranges[-1] = (ranges[-1][0], hour)
+        else:
+            ranges.append((hour, hour))
+    return ranges

@@ -30,7 +30,8 @@ EXAMPLE_QUERY = "SELECT model_name, sum(gpu_time_ns) FROM usage_events GROUP BY 
 
 
 def person() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=120)
 
 
 @contextmanager
@@ -84,8 +85,7 @@ def tell_story(console: Console, story: Story, state: str) -> None:
     console.print(
         f"\n[bold]Next[/]   render-platform up --state {state}      these runs, in the Dagster UI"
         f"\n       render-platform verify --deep --state {state}"
-        f"\n       render-platform query --state {state} "
-        '"SELECT model_name, sum(gpu_time_ns) FROM usage_events GROUP BY ALL"\n'
+        f"\n       render-platform query --state {state} '{EXAMPLE_QUERY}'\n"
     )
 
 

@@ -33,6 +33,9 @@ _REF = re.compile(r"[0-9a-f]{64}")
 
 TIME = pa.timestamp("us", "UTC")
 
+Key = tuple[int, str, str]
+"""What is reconciled: window (five minutes, counted from 1970), customer_ref, model_name."""
+
 
 def _text(name: str, *, nullable: bool = False, repeats: bool = True) -> pa.Field:
     return pa.field(name, pa.string(), nullable, {"repeats": "yes"} if repeats else None)

@@ -12,8 +12,7 @@ import sqlalchemy as sa
 
 from render_platform.clock import HOUR_US, US_PER_SECOND, Clock, hour_of, iso
 from render_platform.database import Database, batches, checkpoints, lanes, log_entries, reports, usage_events
-
-LIVE = "live"
+from render_platform.outbox import LIVE
 
 
 class LastReport(NamedTuple):

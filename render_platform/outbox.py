@@ -20,6 +20,8 @@ from render_platform.database import Database, batches, customers, lanes, usage_
 from render_platform.errors import RecordError, UsageError
 from render_platform.events import COLUMNS, UsageEvent, storage_row, table_from_rows
 
+LIVE = "live"
+"""The lane of what happens now; its clock is the machine's."""
 CUSTOMER_CONTEXT = b"render-platform/customer/v1\n"
 EVENT_COLUMNS = [usage_events.c[name] for name in COLUMNS]
 

@@ -27,7 +27,7 @@ from render_platform.database import batches, checkpoints, open_sqlite
 from render_platform.delivery import Delivery
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, Unavailable, UsageError
-from render_platform.events import merkle_root
+from render_platform.events import Key, merkle_root
 from render_platform.hours import Hours, entries_of_hour, mark_dirty, mark_reported, mark_unchanged
 from render_platform.note import Checkpoint, FileSigner, load_or_create_key
 from render_platform.objects import FolderObjects
@@ -43,7 +43,7 @@ from render_platform.reconciliation import (
 )
 from render_platform.repair import Repairs
 from render_platform.sealing import Sealer
-from render_platform.slow_path import HourOfBatches, Key, SlowPath, of_keys, run_query
+from render_platform.slow_path import HourOfBatches, SlowPath, of_keys, run_query
 from render_platform.verification import END_OF_TIME_US, Evidence, Progress, Verification, verify
 
 DuckDB = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]

@@ -19,8 +19,7 @@ import pyarrow as pa
 
 from render_platform import canonical
 from render_platform.clock import HOUR_US, WINDOW_US, iso
-from render_platform.events import plain_rows, uuid_texts
-from render_platform.slow_path import Key
+from render_platform.events import Key, plain_rows, uuid_texts
 
 PRECEDENCE = ("discrepant", "unavailable", "pending", "reconciled")
 CAUSES = ("missing", "duplicated", "altered", "unexpected")

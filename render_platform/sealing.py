@@ -15,9 +15,8 @@ import sqlalchemy as sa
 from render_platform.clock import HOUR_US, Clock, hour_of, iso
 from render_platform.database import Database, batches, lanes, usage_events
 from render_platform.events import merkle_root
-from render_platform.outbox import rows_of_batch
+from render_platform.outbox import LIVE, rows_of_batch
 
-LIVE = "live"
 UNSEALED = usage_events.c.batch_id.is_(None)
 
 

@@ -13,10 +13,7 @@ from render_platform import batches
 from render_platform.cas import Cas
 from render_platform.entries import AuditEntry, parse
 from render_platform.errors import Unavailable, UsageError
-from render_platform.events import EVENT_SCHEMA, total_gpu_time_ns
-
-Key = tuple[int, str, str]
-"""Window (five minutes, counted from 1970), customer_ref, model_name."""
+from render_platform.events import EVENT_SCHEMA, Key, total_gpu_time_ns
 
 WINDOW = "epoch_us(recorded_at) // 300000000"
 _LOW = "(event_id::UHUGEINT & 18446744073709551615::UHUGEINT)::UBIGINT"

@@ -9,6 +9,12 @@ from render_platform.clock import HOUR_US, US_PER_SECOND, iso, time_us
 START = "2023-01-01"
 HOURS = dg.HourlyPartitionsDefinition(start_date=f"{START}-00:00", end_offset=1)
 DAYS = dg.DailyPartitionsDefinition(start_date=START)
+IN_PROGRESS = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+]
 BACKFILL = dg.BackfillPolicy.multi_run(max_partitions_per_run=744)
 
 

@@ -97,7 +97,9 @@ def up(state: Path | None, port: int | None) -> None:
     settings = load_settings(state_dir=state, dagster_port=port)
     with open_platform(settings, create=True):
         pass
-    home = _dagster("resources.local").prepare_home(settings)
+    local = _dagster("resources.local")
+    local.LocalDagster(settings).close()  # ends what a killed process left in progress
+    home = settings.dagster_home
     environment = {
         **os.environ,
         "DAGSTER_HOME": str(home),

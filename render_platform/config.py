@@ -21,7 +21,7 @@ class Settings:
     """Where a platform keeps its state, and its limits. Every field can be set as RENDER_PLATFORM_<FIELD>."""
 
     state_dir: Path = field(default=Path("state"))
-    clickhouse_dsn: str = ""
+    clickhouse_dsn: str = field(default="", repr=False)  # may hold a password
     """Empty: the embedded engine in the state folder."""
     clickhouse_database: str = "render_platform"
     retention_days: int = 0

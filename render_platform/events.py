@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,8 @@ def _text_is_good(name: str, value: str) -> bool:
 
 def storage_row(event: UsageEvent) -> dict[str, Any]:
     """The event as SQL and Arrow store it: UUIDs as 16 bytes."""
-    return {name: value.bytes if isinstance(value, uuid.UUID) else value for name, value in asdict(event).items()}
+    values = ((name, getattr(event, name)) for name in COLUMNS)
+    return {name: value.bytes if isinstance(value, uuid.UUID) else value for name, value in values}
 
 
 def table_from_rows(rows: Sequence[Sequence[Any]]) -> pa.Table:

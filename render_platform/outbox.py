@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import sqlalchemy as sa
 
-from render_platform.clock import Ids, hour_of
+from render_platform.clock import HOUR_US, Ids, hour_of
 from render_platform.database import Database, batches, customers, lanes, usage_events
 from render_platform.errors import RecordError, UsageError
 from render_platform.events import COLUMNS, UsageEvent, storage_row, table_from_rows
@@ -130,7 +130,7 @@ class Outbox:
     def totals(self, source: str | None = None) -> Totals:
         """Events and exact GPU ns, of one source or of all. Sums are made in Python: they may pass 63 bits."""
         query = sa.select(sa.func.count(), sa.func.sum(usage_events.c.gpu_time_ns)).group_by(
-            usage_events.c.recorded_at / 3_600_000_000
+            usage_events.c.recorded_at // HOUR_US
         )
         if source is not None:
             query = query.where(usage_events.c.source == source)

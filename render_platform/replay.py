@@ -82,7 +82,8 @@ class Replay:
             )
             if moved.rowcount != 1:
                 raise UsageError("another process replays this run", "let one of them finish")
-            events = [self._event(connection, run, trace.format_of(job.job), job) for job in jobs]
+            refs = {c: self._outbox.customer_ref(connection, ISSUER, c) for c in sorted({job.client for job in jobs})}
+            events = [self._event(run, trace.format_of(job.job), job, refs[job.client]) for job in jobs]
             recorded = self._outbox.record(connection, run.lane, events)
         return table_from_events(recorded)
 
@@ -108,7 +109,7 @@ class Replay:
     def _set_state(connection: sa.Connection, run: Run, state: str) -> None:
         connection.execute(runs.update().where(runs.c.run_id == run.run_id).values(state=state))
 
-    def _event(self, connection: sa.Connection, run: Run, form: TraceFormat, done: SimulatedRun) -> UsageEvent:
+    def _event(self, run: Run, form: TraceFormat, done: SimulatedRun, customer_ref: str) -> UsageEvent:
         job = done.job
         return UsageEvent(
             event_id=uuid7(done.finished_us, self._ids),
@@ -121,7 +122,7 @@ class Replay:
             gpu_started_at=done.started_us,
             event_time=done.finished_us,
             recorded_at=done.finished_us,
-            customer_ref=self._outbox.customer_ref(connection, ISSUER, done.client),
+            customer_ref=customer_ref,
             pricing_tier=done.pricing_tier,
             model_family=form.model_family,
             model_name=form.model_name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
-from assets.jobs import HOURS, START, hour_key
+from assets.jobs import HOURS, IN_PROGRESS, START, hour_key
 from render_platform.clock import HOUR_US, iso
 from render_platform.config import Settings
 from render_platform.errors import Unavailable, UsageError
@@ -23,6 +24,7 @@ concurrency:
 run_queue: {dequeue_interval_seconds: 1}
 run_monitoring: {enabled: true, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 20}
 """
+LOCAL_TAG = "render_platform/local"
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -37,14 +39,32 @@ def prepare_home(settings: Settings) -> Path:
 
 
 class LocalDagster:
-    """Runs the code location's jobs in this process, recorded in the state folder's instance."""
+    """Runs the code location's jobs in this process, recorded in the state folder's instance.
+
+    One process a state folder: the lock is the kernel's, so that it ends with its process, however that ends.
+    """
 
     def __init__(self, settings: Settings) -> None:
         os.environ["RENDER_PLATFORM_STATE_DIR"] = str(settings.state_dir)
-        self._instance = dg.DagsterInstance.from_config(str(prepare_home(settings)))
-        from definitions import defs  # here, so that describing the instance does not load the code location
+        home = prepare_home(settings)
+        self._lock = (home / "local.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise Unavailable(f"another process works in {settings.state_dir}", "let it finish, or end it") from None
+        self._instance = dg.DagsterInstance.from_config(str(home))
+        self._end_orphans()
+        from definitions import defs  # here: an instance can be prepared without the code location
 
         self._defs = defs
+
+    def _end_orphans(self) -> None:
+        """Runs of a process that was killed would stay in progress, and keep their pool's slot, for ever."""
+        orphans = dg.RunsFilter(statuses=IN_PROGRESS, tags={LOCAL_TAG: "yes"})
+        for run in self._instance.get_runs(orphans):
+            self._instance.report_run_failed(run, "the process that ran it ended")
+            self._instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
     def check_hours(self, hours_us: Sequence[int]) -> None:
         """UsageError where an hour is not one of the code location's partitions."""
@@ -65,6 +85,7 @@ class LocalDagster:
 
     def close(self) -> None:
         self._instance.dispose()
+        self._lock.close()
 
     def _run_hours(self, job: str, hours_us: Sequence[int]) -> None:
         for first, last in _ranges(hours_us):
@@ -76,7 +97,7 @@ class LocalDagster:
 
     def _run(self, job: str, tags: dict[str, str]) -> None:
         result = self._defs.resolve_job_def(job).execute_in_process(
-            instance=self._instance, tags=tags, run_config=_QUIET, raise_on_error=False
+            instance=self._instance, tags={**tags, LOCAL_TAG: "yes"}, run_config=_QUIET, raise_on_error=False
         )
         if not result.success:
             failures = [e.step_failure_data.error for e in result.all_events if e.is_step_failure]

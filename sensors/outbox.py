@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import dagster as dg
 
-from assets.jobs import flush
+from assets.jobs import IN_PROGRESS, flush
 from render_platform.clock import US_PER_SECOND
 from render_platform.errors import UsageError
 from resources.platform import PlatformResource
 
-_IN_PROGRESS = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-]
+STUCK_AFTER = timedelta(minutes=10)
+"""A flush takes seconds: one that has said nothing for so long is dead, and a second one would be harmless anyway."""
 
 
 @dg.sensor(
@@ -36,6 +34,8 @@ def outbox_backlog(context: dg.SensorEvaluationContext, platform: PlatformResour
     age_s = (now - (backlog.oldest_recorded_at or 0)) // US_PER_SECOND
     if backlog.rows < settings.backlog_rows and age_s < settings.backlog_age_s:
         return dg.SkipReason(f"{backlog.rows} events wait, the oldest for {age_s} s")
-    if context.instance.get_runs_count(dg.RunsFilter(job_name=flush.name, statuses=_IN_PROGRESS)):
+    recent = datetime.now(UTC) - STUCK_AFTER
+    flushing = dg.RunsFilter(job_name=flush.name, statuses=IN_PROGRESS, updated_after=recent)
+    if context.instance.get_runs_count(flushing):
         return dg.SkipReason("a flush is in progress")
     return dg.RunRequest(tags={"render_platform/backlog_rows": str(backlog.rows)})

@@ -70,6 +70,8 @@ def check(envelope: bytes, digest: str, keys: Mapping[str, Verifier]) -> dict[st
         if verifier is None or not verifier.verifies(_pae(payload), signature):
             raise Finding("the attestation is not signed by a known key")
         statement = canonical.decode(payload)
+        if (statement["_type"], statement["predicateType"]) != (STATEMENT_TYPE, PREDICATE_TYPE):
+            raise Finding("the attestation is not a statement of GPU usage")
         if statement["subject"][0]["digest"]["sha256"] != digest:
             raise Finding("the attestation speaks of another batch")
         return dict(statement["predicate"])

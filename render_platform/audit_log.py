@@ -44,7 +44,7 @@ class AuditLog:
         An entry of the same type and batch_id that stands already is left as it is and its index given, without
         calling `mark`. Nobody sees the entry before `publish`. Two sequencers cannot both take one index.
         """
-        self._compare(self.published())
+        self._compare()
         for _ in range(_ATTEMPTS):
             head, known = self._head_and_index(draft.type, draft.batch_id)
             if known is not None:
@@ -61,25 +61,30 @@ class AuditLog:
         Rolls forward whatever an earlier crash left between commit and publication. Safe to repeat.
         Raises SequencerStopped where the published checkpoint is not one of this database's.
         """
-        standing = self._published_bytes()
-        published = self._opened(standing)
-        self._compare(published)
+        standing = self._compare()
         with self._database.read() as connection:
             head = _head(connection)
         checkpoint = Checkpoint(self._signer.name, head.size, head.root)
         if head.size == 0:
             return None
+        published = self._opened(standing)
         if published is None or published.size < head.size:
             self._write_tiles(published.size if published else 0, head.size)
             note = sign_note(checkpoint.text(), [self._signer]).encode()
             # A crash before this: the old checkpoint stands, and tiles that the next publish finds byte-equal.
             # `standing` is what was compared above: a checkpoint published meanwhile is never overwritten.
             self._objects.replace(CHECKPOINT, note, standing)
-            if self.published() != checkpoint:
-                raise SequencerStopped("the checkpoint does not read back as written", "check the store")
+            self._read_back(checkpoint)
+            standing = note
         # A crash before this commit: published, not marked; the next publish marks it.
-        self._mark_published(checkpoint)
+        self._mark_published(checkpoint, standing or b"")
         return checkpoint
+
+    def _read_back(self, written: Checkpoint) -> None:
+        """What stands now is what was written, or a larger one that another sequencer published meanwhile."""
+        standing = self.published()
+        if standing is None or standing.size < written.size or (standing.size == written.size and standing != written):
+            raise SequencerStopped("the checkpoint does not read back as written", "check the store")
 
     def published(self) -> Checkpoint | None:
         """The checkpoint that stands published, its signature checked."""
@@ -93,7 +98,7 @@ class AuditLog:
 
         Finding where they are not; whole logs are checked by verification, not here.
         """
-        self._compare(self.published())
+        self._compare()
         with self._database.read() as connection:
             head = _head(connection)
             start = max(0, head.size - count)
@@ -112,28 +117,45 @@ class AuditLog:
         except Missing:
             return None
 
-    def _compare(self, published: Checkpoint | None) -> None:
-        """Step 1. A restored database, a foreign log or a lost checkpoint stops here, before anything is written."""
+    def _compare(self) -> bytes | None:
+        """Step 1: the checkpoint that stands, if it is one of this database's.
+
+        A restored database, a foreign log or a lost checkpoint stops here, before anything is written. The checkpoint
+        is read before the database, which is never behind it; one that is published in between is read again.
+        """
+        standing = self._published_bytes()
+        while True:
+            stop = self._disagreement(self._opened(standing))
+            now = self._published_bytes()
+            if now == standing:
+                break
+            standing = now
+        if stop is not None:
+            raise stop
+        return standing
+
+    def _disagreement(self, published: Checkpoint | None) -> SequencerStopped | None:
         with self._database.read() as connection:
             head = _head(connection)
             last = connection.execute(sa.select(sa.func.max(checkpoints.c.size))).scalar() or 0
+            if published is None and last:
+                return SequencerStopped(
+                    f"log/checkpoint is missing, and size {last} was published", "restore the log folder"
+                )
             if published is None:
-                if last:
-                    raise SequencerStopped(
-                        f"log/checkpoint is missing, and size {last} was published", "restore the log folder"
-                    )
-                return
+                return None
             if published.size > head.size or published.size < last:
-                raise SequencerStopped(
+                return SequencerStopped(
                     f"the published log has {published.size} entries, the database {head.size} (published: {last})",
                     "the database or the log was restored from an older copy: restore the newer one",
                 )
             root = _root_at(connection, head, published.size)
         if root != published.root:
-            raise SequencerStopped(
+            return SequencerStopped(
                 f"the published log and the database differ within the first {published.size} entries",
                 "one of them was altered or belongs to another platform: run `render-platform verify`",
             )
+        return None
 
     def _head_and_index(self, kind: str, batch_id: str) -> tuple[Any, int | None]:
         with self._database.read() as connection:
@@ -195,12 +217,12 @@ class AuditLog:
         with self._database.read() as connection:
             return _column(connection, column, start, end)
 
-    def _mark_published(self, checkpoint: Checkpoint) -> None:
+    def _mark_published(self, checkpoint: Checkpoint, note: bytes) -> None:
         with self._database.write() as connection:
             known = connection.execute(sa.select(checkpoints.c.size).filter_by(size=checkpoint.size)).scalar()
             if known is None:
-                note = (self._published_bytes() or b"").decode()
-                connection.execute(checkpoints.insert().values(size=checkpoint.size, root=checkpoint.root, note=note))
+                row = {"size": checkpoint.size, "root": checkpoint.root, "note": note.decode()}
+                connection.execute(checkpoints.insert().values(**row))
             connection.execute(
                 batches.update()
                 .where(batches.c.state == "logged", batches.c.log_index < checkpoint.size)

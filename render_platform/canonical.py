@@ -16,6 +16,8 @@ from typing import Any
 
 from render_platform.errors import Finding
 
+MAX_DEPTH = 128
+
 
 def encode(value: Mapping[str, Any]) -> bytes:
     """The canonical bytes of an object whose keys already stand in their order.
@@ -50,7 +52,9 @@ def _no_float(text: str) -> Any:
     raise ValueError(f"{text} is not an integer")
 
 
-def _refuse(value: Any, where: str) -> None:
+def _refuse(value: Any, where: str, depth: int = 0) -> None:
+    if depth > MAX_DEPTH:
+        raise Finding(f"nested deeper than {MAX_DEPTH}")
     if value is None or isinstance(value, bool | int):
         return
     if isinstance(value, str):
@@ -60,9 +64,9 @@ def _refuse(value: Any, where: str) -> None:
         for key, item in value.items():
             if not (isinstance(key, str) and key.isascii() and "\0" not in key):
                 raise Finding(f"{where} has a key that is not ASCII")
-            _refuse(item, f"{where}.{key}")
+            _refuse(item, f"{where}.{key}", depth + 1)
     elif isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         for index, item in enumerate(value):
-            _refuse(item, f"{where}[{index}]")
+            _refuse(item, f"{where}[{index}]", depth + 1)
     else:
         raise Finding(f"{where} is a {type(value).__name__}, which canonical JSON does not have")

@@ -65,6 +65,11 @@ class AuditEntry:
         return tuple(digest for digest in (self.subject_digest, self.attestation) if digest is not None)
 
 
+_NUMBERS = {
+    *("version", "recorded_hour", "batch_seq", "first_recorded_at", "last_recorded_at", "complete_until"),
+    *("subject_size", "records", "gpu_time_ns"),
+}
+_REQUIRED = {"version", "type", "batch_id", "previous", "records", "gpu_time_ns"}
 FIELDS: tuple[str, ...] = ("version", *(f.name for f in fields(AuditEntry) if f.name != "version"))
 
 
@@ -73,11 +78,8 @@ def parse(data: bytes) -> AuditEntry:
     values = canonical.decode(data)
     if tuple(values) != FIELDS:
         raise Finding("the entry does not have the fields of an audit entry, in their order")
-    for name in ("records", "gpu_time_ns", "version"):
-        if type(values[name]) is not int or values[name] < 0:
-            raise Finding(f"{name} is not a number")
-    if not isinstance(values["acceptances"], list):
-        raise Finding("acceptances is not a list")
+    for name, value in values.items():
+        _check_type(name, value)
     try:
         return AuditEntry(**{**values, "acceptances": tuple(values["acceptances"])})
     except (PlatformError, TypeError) as error:
@@ -86,6 +88,18 @@ def parse(data: bytes) -> AuditEntry:
 
 def digest_of_entry(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _check_type(name: str, value: Any) -> None:
+    """Finding unless the field has the type that an entry gives it; null only where its default is None."""
+    if name == "acceptances":
+        good = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    elif name in _NUMBERS:
+        good = (value is None and name not in _REQUIRED) or (type(value) is int and value >= 0)
+    else:
+        good = (value is None and name not in _REQUIRED) or isinstance(value, str)
+    if not good:
+        raise Finding(f"{name} does not have its type")
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Objects on a durable folder: what the CAS and the log are kept in.
 
-`ObjectStore` is the contract that each implementation keeps, and that tests/conformance runs on each. Reads and
-listings go through fsspec; writes are our own, because fsspec's local files are neither synced nor created once.
+`ObjectStore` is the contract that each implementation keeps, and that tests/conformance runs on each. Reads go through
+fsspec. Writes and listings are our own: fsspec's local files are neither synced nor created once, and its listings
+leave out what they cannot read.
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ class FolderObjects:
             try:
                 # Crash before the link: a scratch file that nothing names. After it: the whole object stands.
                 os.link(scratch, target)
+                created = True
             except FileExistsError:
-                return False
+                created = False
             finally:
                 scratch.unlink()
-            _sync_folder(target.parent)
-            return True
+            _sync_folder(target.parent)  # for either answer: another writer may have died between its link and this
+            return created
 
     def read(self, path: str) -> bytes:
         with _as_unavailable(self._root / path):
@@ -86,12 +88,21 @@ class FolderObjects:
 
     def names(self, prefix: str = "") -> Iterator[str]:
         with _as_unavailable(self._root / prefix):
-            if not self._root.is_dir():
-                return
-            found = self._files.find(str(self._root / prefix))
-        for path in sorted(str(Path(name).relative_to(self._root)) for name in found):
-            if not path.startswith(_SCRATCH):
-                yield path
+            found = sorted(self._walk(self._root / prefix)) if self._root.exists() else []
+        yield from found
+
+    def _walk(self, folder: Path) -> Iterator[str]:
+        """Every file below; an error for a folder that cannot be read: unknown is not empty."""
+        if folder != self._root and not folder.is_dir():
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    if path != self._root / _SCRATCH:
+                        yield from self._walk(path)
+                else:
+                    yield str(path.relative_to(self._root))
 
     def move_aside(self, path: str) -> str:
         name = f"quarantine/{path.replace('/', '-')}-{self._ids.random(4).hex()}"
@@ -106,10 +117,14 @@ class FolderObjects:
         folder = self._root / _SCRATCH
         self._make_folder(folder)
         scratch = folder / self._ids.random(8).hex()
-        with scratch.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with scratch.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
         return scratch
 
     def _make_folder(self, folder: Path) -> None:

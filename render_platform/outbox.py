@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import sqlalchemy as sa
 
-from render_platform.clock import HOUR_US, Ids, hour_of
+from render_platform.clock import Ids, hour_of
 from render_platform.database import Database, batches, customers, lanes, usage_events
 from render_platform.errors import RecordError, UsageError
 from render_platform.events import COLUMNS, UsageEvent, storage_row, table_from_rows
@@ -70,6 +70,8 @@ class Outbox:
         frontier where it lies before it. An event or job id that stands already is a RecordError, and nothing is kept.
         A crash before the caller's commit: no event and no end of a job. After it: both.
         """
+        if not events:
+            return []
         frontier = self._frontier(connection, lane, events)
         stamped = []
         for event in events:
@@ -128,15 +130,14 @@ class Outbox:
         return Backlog(rows, waiting[0], min(ages, default=None))
 
     def totals(self, source: str | None = None) -> Totals:
-        """Events and exact GPU ns, of one source or of all. Sums are made in Python: they may pass 63 bits."""
-        query = sa.select(sa.func.count(), sa.func.sum(usage_events.c.gpu_time_ns)).group_by(
-            usage_events.c.recorded_at // HOUR_US
-        )
+        """Events and exact GPU ns, of one source or of all. Summed in halves: the whole may pass 63 bits."""
+        high, low = usage_events.c.gpu_time_ns // 2**32, usage_events.c.gpu_time_ns % 2**32
+        query = sa.select(sa.func.count(), sa.func.sum(high), sa.func.sum(low))
         if source is not None:
             query = query.where(usage_events.c.source == source)
         with self._database.read() as connection:
-            parts = connection.execute(query).all()
-        return Totals(sum(part[0] for part in parts), sum(int(part[1]) for part in parts))
+            count, highs, lows = connection.execute(query).one()
+        return Totals(count, (int(highs or 0) << 32) + int(lows or 0))
 
     def names(self) -> dict[str, str]:
         """`customer_ref` → `issuer/customer_id`, for people who may see it."""

@@ -58,7 +58,7 @@ class Sealer:
                 batch = self._open_batch(connection, lane)
             if batch is None:
                 return False
-            room = self._batch_rows - self._size(connection, batch.batch_id)
+            room = max(0, self._batch_rows - self._size(connection, batch.batch_id))
             moved = self._move_rows(connection, batch, min(room, self._rows_a_transaction))
             if moved == room or moved < self._rows_a_transaction:
                 self._close(connection, batch)
@@ -124,17 +124,19 @@ class Sealer:
         """`closed` → `sealed`. The rows are fixed by now, so that reading them needs no lock."""
         with self._database.read() as connection:
             closed = connection.execute(sa.select(batches).filter_by(lane=lane, state="closed")).all()
+        sealed = []
         for batch in closed:
             with self._database.read() as connection:
                 root = merkle_root(rows_of_batch(connection, batch.batch_id))
             # A crash before this commit: still `closed`, and the root is made again from the same rows.
             with self._database.write() as connection:
-                connection.execute(
+                changed = connection.execute(
                     batches.update()
                     .where(batches.c.ordinal == batch.ordinal, batches.c.state == "closed")
                     .values(state="sealed", merkle_root=root.hex())
                 )
-        return [batch.batch_id for batch in closed]
+            sealed += [batch.batch_id] if changed.rowcount else []
+        return sealed
 
     def _declare_hours(self, connection: sa.Connection, lane: str) -> None:
         """A watermark for each hour that no further row of the lane can fall into: with its totals, empty or not."""

@@ -1,0 +1,353 @@
+"""What every ObjectStore does. A new implementation is added to STORES and passes, or is not one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from render_platform.errors import Missing, SequencerStopped, Unavailable
+from render_platform.objects import FolderObjects, ObjectStore
+
+STORES: dict[str, Callable[[Path], ObjectStore]] = {"folder": FolderObjects}
+"""Each opens the store at a place; two that are opened at one place are one store."""
+
+
+@pytest.fixture(params=sorted(STORES))
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], ObjectStore]:
+    return lambda: STORES[request.param](tmp_path / "store")
+
+
+@pytest.fixture
+def store(open_store: Callable[[], ObjectStore]) -> ObjectStore:
+    return open_store()
+
+
+def test_what_is_created_is_read_back(store: ObjectStore, open_store: Callable[[], ObjectStore]) -> None:
+    for path, data in {"a": b"", "b/c/d": b"\0\r\n\xff", "b/c/e": b"x" * 3_000_000}.items():
+        assert store.create(path, data) is True
+        assert store.read(path) == open_store().read(path) == data
+
+
+def test_an_object_is_created_once(store: ObjectStore, open_store: Callable[[], ObjectStore]) -> None:
+    assert store.create("a/b", b"first") is True
+    assert store.create("a/b", b"second") is False
+    assert open_store().create("a/b", b"first") is False
+    assert store.read("a/b") == b"first"
+
+
+def test_nothing_where_nothing_stands(store: ObjectStore) -> None:
+    for path in ("a", "a/b"):
+        with pytest.raises(Missing) as missing:
+            store.read(path)
+        assert missing.value.path == path
+    assert list(store.names()) == list(store.names("a/")) == []
+    store.create("a", b"")
+    with pytest.raises(Missing):
+        store.read("a/b")
+
+
+def test_of_eight_threads_exactly_one_creates(open_store: Callable[[], ObjectStore]) -> None:
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> list[bool]:
+        store = open_store()
+        made = []
+        for turn in range(20):
+            barrier.wait()
+            made.append(store.create(f"folder {turn}/object", b"%d" % number))
+        return made
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    for turn in range(20):
+        winners = [number for number in range(8) if results[number][turn]]
+        assert len(winners) == 1
+        assert open_store().read(f"folder {turn}/object") == b"%d" % winners[0]
+
+
+def test_replace_compares_first(store: ObjectStore) -> None:
+    with pytest.raises(SequencerStopped):
+        store.replace("head", b"1", b"0")
+    with pytest.raises(Missing):
+        store.read("head")
+    store.replace("head", b"1", None)
+    for expected in (None, b"", b"0", b"11"):
+        with pytest.raises(SequencerStopped):
+            store.replace("head", b"2", expected)
+        assert store.read("head") == b"1"
+    store.replace("head", b"2", b"1")
+    assert store.read("head") == b"2"
+    store.replace("in/a/folder", b"1", None)
+    assert list(store.names()) == ["head", "in/a/folder"]
+
+
+def test_of_eight_threads_that_replace_none_overwrites_another(open_store: Callable[[], ObjectStore]) -> None:
+    """Eight add one to a counter: what the last one reads is what all have added."""
+
+    def work(_number: int) -> None:
+        store = open_store()
+        done = 0
+        while done < 10:
+            standing = read_or_none(store, "counter")
+            try:
+                store.replace("counter", b"%d" % (int(standing or b"0") + 1), standing)
+                done += 1
+            except SequencerStopped:
+                continue
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert open_store().read("counter") == b"80"
+
+
+def read_or_none(store: ObjectStore, path: str) -> bytes | None:
+    try:
+        return store.read(path)
+    except Missing:
+        return None
+
+
+@settings(max_examples=25)
+@given(
+    st.sets(st.from_regex(r"[a-c0-1.-]{1,3}(/[a-c]{1,2}){0,2}", fullmatch=True).filter(lambda n: n.strip("./") == n))
+)
+def test_names_are_complete_sorted_and_below_their_prefix(paths: set[str]) -> None:
+    """A name that stands is no folder of another: such ones are left out here."""
+    paths = {path for path in paths if not any(other.startswith(f"{path}/") for other in paths)}
+    for open_at in STORES.values():
+        with tempfile.TemporaryDirectory() as folder:
+            store = open_at(Path(folder))
+            for path in paths:
+                assert store.create(path, b"x")
+            assert list(store.names()) == sorted(paths)
+            for prefix in ("a/", "b/c/", "none/"):
+                if prefix.removesuffix("/") in paths:
+                    continue  # see the next test
+                assert list(store.names(prefix)) == sorted(path for path in paths if path.startswith(prefix))
+
+
+def test_an_object_is_not_below_itself(store: ObjectStore) -> None:
+    store.create("a", b"x")
+    assert list(store.names("a/")) == []
+
+
+def test_names_leave_out_what_is_the_stores_own(store: ObjectStore) -> None:
+    store.create("a", b"x")
+    store.replace("head", b"x", None)
+    assert list(store.names()) == ["a", "head"]
+
+
+def test_an_object_that_was_moved_aside_keeps_its_bytes(store: ObjectStore) -> None:
+    names = []
+    for data in (b"bad", b"bad again"):
+        store.create("a/b", data)
+        names.append(store.move_aside("a/b"))
+        with pytest.raises(Missing):
+            store.read("a/b")
+    assert store.create("a/b", b"good") is True
+    assert [store.read(name) for name in names] == [b"bad", b"bad again"]
+    assert len(set(names)) == 2
+    assert all(name.startswith("quarantine/") for name in names)
+    with pytest.raises(Unavailable):
+        store.move_aside("nothing")
+
+
+# The local folder alone: what it does when the machine or the process fails.
+
+CREATOR = """
+import sys
+from pathlib import Path
+from render_platform.objects import FolderObjects
+
+store = FolderObjects(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+print("".join(str(int(store.create(f"{n}", sys.argv[2].encode()))) for n in range(300)))
+"""
+
+
+def test_of_two_processes_exactly_one_creates(tmp_path: Path) -> None:
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATOR, str(tmp_path), name],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    one, two = (child.communicate(timeout=60)[0].strip() for child in children)
+    assert len(one) == len(two) == 300
+    store = FolderObjects(tmp_path)
+    for n in range(300):
+        assert {one[n], two[n]} == {"0", "1"}
+        assert store.read(f"{n}") == (b"a" if one[n] == "1" else b"b")
+
+
+class Crash(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "unlink"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_crash_at_any_system_call_leaves_the_whole_object_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, moment: str
+) -> None:
+    """The n-th call fails for every n; what is left is nothing or all, and a second attempt makes it good."""
+    real = getattr(os, call)
+    number = 0
+    while True:
+        number += 1
+        count = 0
+
+        def failing(*args: object, number: int = number, **options: object) -> object:
+            nonlocal count
+            count += 1
+            if moment == "before" and count == number:
+                raise Crash
+            result = real(*args, **options)
+            if count == number:
+                raise Crash
+            return result
+
+        root = tmp_path / f"{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            try:
+                FolderObjects(root).create("sha256/ab/object", b"x" * 100_000)
+            except Crash:
+                pass
+            else:
+                break
+        store = FolderObjects(root)
+        standing = list(store.names())
+        assert standing in ([], ["sha256/ab/object"])
+        assert store.create("sha256/ab/object", b"x" * 100_000) is not bool(standing)
+        assert store.read("sha256/ab/object") == b"x" * 100_000
+    assert number > 1
+
+
+def test_a_crash_before_the_rename_leaves_what_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderObjects(tmp_path)
+    store.replace("head", b"old", None)
+
+    def crash(*_args: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", crash)
+        with pytest.raises(Crash):
+            store.replace("head", b"new", b"old")
+    assert store.read("head") == b"old"
+    assert list(store.names()) == ["head"]
+    store.replace("head", b"new", b"old")
+    assert store.read("head") == b"new"
+
+
+def test_what_is_there_already_is_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first writer may have died between the link and the folder's fsync: who builds on it must sync again."""
+    store = FolderObjects(tmp_path)
+    store.create("folder/object", b"x")
+    synced = set()
+    real = os.fsync
+
+    def noted(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", noted)
+        assert store.create("folder/object", b"x") is False
+    assert (tmp_path / "folder").stat().st_ino in synced
+
+
+def test_a_file_where_a_folder_belongs_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    store = FolderObjects(tmp_path)
+    for act in (
+        lambda: store.create("file/object", b"x"),
+        lambda: store.replace("file/object", b"x", None),
+        lambda: FolderObjects(tmp_path / "file").create("a", b"x"),
+        lambda: FolderObjects(tmp_path / "file").replace("a", b"x", None),
+    ):
+        with pytest.raises(Unavailable) as error:
+            act()
+        assert error.value.remedy
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(Unavailable):
+        store.read("folder")
+
+
+def test_a_store_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(Unavailable):
+        list(FolderObjects(tmp_path / "file").names())
+
+
+@contextmanager
+def without_privilege() -> Iterator[None]:
+    """Root may read everything: for a moment this process is nobody."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everyone may reach."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        for path in sorted(folder.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o755)
+
+
+@pytest.mark.parametrize("hidden", [".", "sha256", "sha256/ab"])
+def test_a_folder_that_cannot_be_read_is_unavailable_and_not_empty(open_folder: Path, hidden: str) -> None:
+    store = FolderObjects(open_folder / "store")
+    store.create("sha256/ab/object", b"x")
+    store.create("sha256/cd/object", b"y")
+    (open_folder / "store" / hidden).chmod(0)
+    for act in (
+        lambda: list(store.names()),
+        lambda: list(store.names("sha256/")),
+        lambda: store.read("sha256/ab/object"),
+    ):
+        with pytest.raises(Unavailable) as error, without_privilege():
+            act()
+        assert not isinstance(error.value, Missing)
+
+
+def test_a_folder_that_cannot_be_written_is_unavailable(open_folder: Path) -> None:
+    store = FolderObjects(open_folder / "store")
+    store.create("a", b"x")
+    for act in (lambda: store.create("b", b"x"), lambda: store.replace("b", b"x", None), lambda: store.move_aside("a")):
+        with pytest.raises(Unavailable), without_privilege():
+            act()
+    assert list(store.names()) == ["a"]

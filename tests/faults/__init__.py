@@ -1,0 +1,1 @@
+"""Crashes and failures at every write: nothing is lost, nothing stands twice."""

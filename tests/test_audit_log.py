@@ -1,0 +1,548 @@
+"""The audit log: chain, root, tiles, publication, two sequencers at once, and restored copies that must not fork it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from render_platform.audit_log import CHECKPOINT, AuditLog, create_head
+from render_platform.cas import Cas
+from render_platform.database import log_entries, log_head, open_sqlite
+from render_platform.entries import FIRST_PREVIOUS, AuditEntry
+from render_platform.errors import Finding, PlatformError, SequencerStopped
+from render_platform.note import Signer, load_or_create_key, read_checkpoint
+from render_platform.objects import FolderObjects, ObjectStore
+from tests.platforms import (
+    check_chain,
+    connect,
+    make_platform,
+    read_blob,
+    read_log,
+    read_published,
+    record_random,
+    tree_hash,
+)
+
+RETRY = "run the command again"
+"""The remedy of a stop that a competing writer may cause; any other stop speaks of damage."""
+
+
+def draft(name: str) -> AuditEntry:
+    return AuditEntry(type="charges", batch_id=name, previous=FIRST_PREVIOUS, records=1)
+
+
+def no_mark(_connection: sa.Connection, _index: int) -> None:
+    pass
+
+
+def signer_of(state: Path) -> Signer:
+    return load_or_create_key(state / "keys" / "checkpoint.key", "log.example")
+
+
+def open_log(state: Path, objects: ObjectStore | None = None, blobs: ObjectStore | None = None) -> AuditLog:
+    """A sequencer with a database connection of its own; the folder's first one makes it."""
+    state.mkdir(exist_ok=True)
+    database = open_sqlite(state / "platform.db")
+    create_head(database)
+    cas = Cas(blobs or FolderObjects(state / "blobs"))
+    return AuditLog(database, cas, objects or FolderObjects(state / "log"), signer_of(state))
+
+
+def append(log: AuditLog, *names: str) -> list[int]:
+    return [log.append(draft(name), no_mark) for name in names]
+
+
+def patiently(act: Callable[[], Any]) -> Any:
+    """Does what the remedy says."""
+    for _ in range(200):
+        try:
+            return act()
+        except SequencerStopped as error:
+            if error.remedy != RETRY:
+                raise
+    raise AssertionError("two hundred stops in a row")
+
+
+def check_log(state: Path, size: int) -> list[bytes]:
+    """The published log holds `size` entries, whole and chained; gives them."""
+    published = read_published(state, signer_of(state).verifier.vkey)
+    assert published.size == size
+    entries = read_log(state, size)
+    assert len(entries) == size
+    assert tree_hash(entries) == published.root
+    check_chain(entries)
+    for entry in entries:
+        assert read_blob(state, hashlib.sha256(entry).hexdigest()) == entry
+    return entries
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file but scratch ones: bytes and inode, which a rewrite would change."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: (path.read_bytes(), path.stat().st_ino) for name, path in found.items() if not name.startswith(".tmp")
+    }
+
+
+def expected_tiles(entries: list[bytes]) -> dict[str, bytes]:
+    """The files of a tree of at most 65,535 entries, by the text of tlog-tiles."""
+    leaves = [hashlib.sha256(b"\x00" + entry).digest() for entry in entries]
+    full = len(entries) // 256
+    upper = [tree_hash(entries[at * 256 : at * 256 + 256]) for at in range(full)]
+    levels = {
+        "entries": [len(entry).to_bytes(2, "big") + entry for entry in entries],
+        "0": leaves,
+        "1": upper,
+    }
+    files = {}
+    for level, items in levels.items():
+        for at in range(0, len(items), 256):
+            part = items[at : at + 256]
+            name = f"{at // 256:03d}" if len(part) == 256 else f"{at // 256:03d}.p/{len(part)}"
+            files[f"tile/{level}/{name}"] = b"".join(part)
+    return files
+
+
+def test_chain_root_and_tiles_at_every_published_size(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    expected: dict[str, bytes] = {}
+    size = 0
+    for upto in (1, 2, 5, 256, 257, 300, 530):
+        assert append(log, *(f"n{n}" for n in range(size, upto))) == list(range(size, upto))
+        assert log.publish() is not None
+        size = upto
+        entries = check_log(tmp_path, size)
+        expected |= expected_tiles(entries)
+        standing = {name: data for name, (data, _) in files_of(tmp_path / "log").items() if name != CHECKPOINT}
+        assert standing == expected
+
+
+def test_an_empty_log_publishes_nothing(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    assert log.publish() is None
+    assert log.published() is None
+    assert files_of(tmp_path / "log") == {}
+
+
+def test_nobody_sees_an_entry_before_publication(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    append(log, "a")
+    assert log.published() is None
+    log.publish()
+    append(log, "b")
+    check_log(tmp_path, 1)
+
+
+def test_publishing_again_changes_nothing(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    append(log, "a", "b", "c")
+    first = log.publish()
+    before = files_of(tmp_path / "log")
+    assert log.publish() == open_log(tmp_path).publish() == first
+    assert files_of(tmp_path / "log") == before
+    with closing(connect(tmp_path)) as connection:
+        assert connection.execute("SELECT size, note FROM checkpoints").fetchall() == [
+            (3, before[CHECKPOINT][0].decode())
+        ]
+
+
+def test_an_entry_of_the_same_name_is_logged_once(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    marks: list[int] = []
+
+    def mark(_connection: sa.Connection, index: int) -> None:
+        marks.append(index)
+
+    assert log.append(draft("a"), mark) == 0
+    assert log.append(draft("b"), mark) == 1
+    assert log.append(draft("a"), mark) == 0
+    assert open_log(tmp_path).append(draft("b"), mark) == 1
+    other_type = AuditEntry(type="correction", batch_id="a", previous=FIRST_PREVIOUS)
+    assert log.append(other_type, mark) == 2
+    assert marks == [0, 1, 2]
+
+
+def test_a_mark_that_fails_takes_its_entry_with_it(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+
+    def mark(connection: sa.Connection, _index: int) -> None:
+        assert connection.execute(sa.select(log_head.c.size)).scalar() == 1
+        raise Finding("the mark failed")
+
+    with pytest.raises(Finding, match="the mark failed"):
+        log.append(draft("a"), mark)
+    assert log.publish() is None
+    assert append(log, "b") == [0]
+    log.publish()
+    assert json.loads(check_log(tmp_path, 1)[0])["batch_id"] == "b"
+
+
+# Two sequencers at once.
+
+
+class HookedObjects:
+    """An ObjectStore that lets something happen after a call: the begin of an interleaving, made on purpose."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+        self.after: dict[str, list[Callable[[], object]]] = {"create": [], "read": [], "replace": []}
+
+    def _then(self, call: str) -> None:
+        if self.after[call]:
+            self.after[call].pop(0)()
+
+    def create(self, path: str, data: bytes) -> bool:
+        made = self._objects.create(path, data)
+        self._then("create")
+        return made
+
+    def read(self, path: str) -> bytes:
+        data = self._objects.read(path)
+        self._then("read")
+        return data
+
+    def replace(self, path: str, data: bytes, expected: bytes | None) -> None:
+        self._objects.replace(path, data, expected)
+        self._then("replace")
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        return self._objects.names(prefix)
+
+    def move_aside(self, path: str) -> str:
+        return self._objects.move_aside(path)
+
+
+def test_a_sequencer_whose_head_is_taken_chains_to_the_new_one(tmp_path: Path) -> None:
+    other = open_log(tmp_path)
+    blobs = HookedObjects(FolderObjects(tmp_path / "blobs"))
+    log = open_log(tmp_path, blobs=blobs)
+    blobs.after["create"] = [lambda: append(other, "b"), lambda: append(other, "c")]
+    assert append(log, "a") == [2]
+    log.publish()
+    assert [json.loads(entry)["batch_id"] for entry in check_log(tmp_path, 3)] == ["b", "c", "a"]
+
+
+def test_a_sequencer_gives_up_when_its_head_is_always_taken(tmp_path: Path) -> None:
+    other = open_log(tmp_path)
+    blobs = HookedObjects(FolderObjects(tmp_path / "blobs"))
+    log = open_log(tmp_path, blobs=blobs)
+    blobs.after["create"] = [lambda n=n: append(other, f"b{n}") for n in range(100)]  # type: ignore[misc]
+    with pytest.raises(SequencerStopped) as stopped:
+        append(log, "a")
+    assert stopped.value.remedy == RETRY
+    other.publish()
+    assert len(check_log(tmp_path, 5)) == 5
+
+
+def test_two_that_append_the_same_entry_log_it_once(tmp_path: Path) -> None:
+    other = open_log(tmp_path)
+    blobs = HookedObjects(FolderObjects(tmp_path / "blobs"))
+    log = open_log(tmp_path, blobs=blobs)
+    blobs.after["create"] = [lambda: append(other, "a")]
+    assert append(log, "a") == [0]
+    log.publish()
+    check_log(tmp_path, 1)
+
+
+@pytest.mark.parametrize("published_before", [0, 1])
+@pytest.mark.parametrize("call", ["append", "publish"])
+def test_a_publication_while_the_head_is_compared_is_not_damage(
+    tmp_path: Path, call: str, published_before: int
+) -> None:
+    """The checkpoint is read, another sequencer publishes a larger one, then the database is read."""
+    other = open_log(tmp_path)
+    objects = HookedObjects(FolderObjects(tmp_path / "log"))
+    log = open_log(tmp_path, objects)
+    for n in range(published_before):
+        append(other, f"before {n}")
+        other.publish()
+
+    def meanwhile() -> None:
+        append(other, "b")
+        other.publish()
+
+    if published_before:
+        objects.after["read"] = [meanwhile]
+    else:
+        reads = iter([meanwhile])
+        objects.read = missing_then(objects, reads)  # type: ignore[method-assign, assignment]
+    patiently((lambda: append(log, "a")) if call == "append" else log.publish)
+    patiently(log.publish)
+    check_log(tmp_path, published_before + (2 if call == "append" else 1))
+
+
+def missing_then(objects: HookedObjects, hooks: Iterator[Callable[[], None]]) -> Callable[[str], bytes]:
+    """A `read` that lets the hook happen after it found nothing."""
+    read = objects.read
+
+    def found(path: str) -> bytes:
+        try:
+            return read(path)
+        except PlatformError:
+            if hook := next(hooks, None):
+                hook()
+            raise
+
+    return found
+
+
+@pytest.mark.parametrize("after", ["replace", "read-back"])
+def test_a_larger_checkpoint_published_meanwhile_is_not_damage(tmp_path: Path, after: str) -> None:
+    """Another sequencer publishes after this one did: before it reads back, or before it marks its own."""
+    other = open_log(tmp_path)
+    objects = HookedObjects(FolderObjects(tmp_path / "log"))
+    log = open_log(tmp_path, objects)
+    append(log, "a")
+
+    def meanwhile() -> None:
+        append(other, "b")
+        other.publish()
+
+    if after == "replace":
+        objects.after["replace"] = [meanwhile]
+    else:
+        objects.after["replace"] = [lambda: objects.after["read"].append(meanwhile)]
+    patiently(log.publish)
+    check_log(tmp_path, 2)
+    verifier = signer_of(tmp_path).verifier
+    with closing(connect(tmp_path)) as connection:
+        marked = connection.execute("SELECT size, root, note FROM checkpoints ORDER BY size").fetchall()
+    assert marked[-1][0] == 2
+    for size, root, note in marked:
+        kept = read_checkpoint(note.encode(), [verifier])
+        assert (kept.size, kept.root) == (size, root), "the note that is kept is the checkpoint's own"
+
+
+def test_two_threads_make_one_chain(tmp_path: Path) -> None:
+    open_log(tmp_path)
+    barrier = threading.Barrier(2)
+
+    def work(name: str) -> list[int]:
+        log = open_log(tmp_path)
+        barrier.wait()
+        indexes = []
+        for n in range(25):
+            indexes += patiently(lambda n=n: append(log, f"{name}{n}"))  # type: ignore[misc]
+            patiently(log.publish)
+        return indexes
+
+    with ThreadPoolExecutor(2) as pool:
+        indexes = [index for part in pool.map(work, "ab") for index in part]
+    assert sorted(indexes) == list(range(50))
+    check_log(tmp_path, 50)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from typing import Any
+from tests.test_audit_log import append, open_log, patiently
+
+log = open_log(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for n in range(25):
+    patiently(lambda: append(log, f"{sys.argv[2]}{n}"))
+    patiently(log.publish)
+"""
+
+
+def test_two_processes_make_one_chain(tmp_path: Path) -> None:
+    open_log(tmp_path)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path), name],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    errors = [child.communicate(timeout=60)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], errors
+    entries = check_log(tmp_path, 50)
+    names = {json.loads(entry)["batch_id"] for entry in entries}
+    assert names == {f"{name}{n}" for name in "ab" for n in range(25)}
+
+
+# Restored, altered and foreign copies: stop, and write nothing.
+
+
+def stops(state: Path, expected: type[PlatformError] = SequencerStopped) -> None:
+    """Both writing calls stop with an error that says what to do, and nothing has changed."""
+    before = files_of(state / "log"), files_of(state / "blobs"), rows_of(state)
+    acts: list[Callable[[AuditLog], object]] = [AuditLog.publish, lambda log: append(log, "later")]
+    for act in acts:
+        with pytest.raises(expected) as stopped:
+            act(open_log(state))
+        if expected is SequencerStopped:
+            assert stopped.value.remedy
+            assert stopped.value.exit_code == 3
+    assert (files_of(state / "log"), files_of(state / "blobs"), rows_of(state)) == before
+
+
+def rows_of(state: Path) -> list[object]:
+    with closing(connect(state)) as connection:
+        return [
+            connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall()  # the names stand in this file
+            for table in ("log_head", "log_entries", "checkpoints")
+        ]
+
+
+def backup(state: Path) -> None:
+    with closing(connect(state)) as connection:
+        connection.execute("VACUUM INTO ?", [str(state / "copy.db")])
+
+
+def restore(state: Path) -> None:
+    for suffix in ("-wal", "-shm"):
+        (state / f"platform.db{suffix}").unlink(missing_ok=True)
+    shutil.copy(state / "copy.db", state / "platform.db")
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """Three entries published, then one more, with copies of the database and the checkpoint of size 2 beside them."""
+    log = open_log(tmp_path)
+    append(log, "a", "b")
+    log.publish()
+    backup(tmp_path)
+    shutil.copy(tmp_path / "log" / CHECKPOINT, tmp_path / "old checkpoint")
+    append(log, "c")
+    log.publish()
+    append(log, "d")
+    log._database.close()
+    return tmp_path
+
+
+def test_a_restored_older_database_stops_the_log(state: Path) -> None:
+    restore(state)
+    stops(state)
+
+
+def test_a_restored_database_that_has_grown_again_stops_the_log(state: Path) -> None:
+    """Someone hid the checkpoint, and let the restored database grow to another tree of the same size and more."""
+    newest = (state / "log" / CHECKPOINT).read_bytes()
+    restore(state)
+    shutil.copy(state / "old checkpoint", state / "log" / CHECKPOINT)
+    append(open_log(state), "other c", "other d")
+    (state / "log" / CHECKPOINT).write_bytes(newest)
+    stops(state)
+
+
+def test_a_restored_older_checkpoint_stops_the_log(state: Path) -> None:
+    shutil.copy(state / "old checkpoint", state / "log" / CHECKPOINT)
+    stops(state)
+
+
+def test_a_lost_checkpoint_stops_the_log(state: Path) -> None:
+    (state / "log" / CHECKPOINT).unlink()
+    stops(state)
+
+
+def test_another_platforms_checkpoint_stops_the_log(state: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    foreign = open_log(other)
+    append(foreign, "a", "b", "c")
+    foreign.publish()
+    shutil.copy(other / "log" / CHECKPOINT, state / "log" / CHECKPOINT)
+    stops(state, Finding)
+
+
+def test_the_same_keys_checkpoint_of_another_tree_stops_the_log(
+    state: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(state / "keys", other / "keys")
+    foreign = open_log(other)
+    append(foreign, "a", "x", "c")
+    foreign.publish()
+    shutil.copy(other / "log" / CHECKPOINT, state / "log" / CHECKPOINT)
+    stops(state)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-5], lambda data: data.replace(b"\n3\n", b"\n2\n"), lambda _: b""]
+)
+def test_an_altered_checkpoint_stops_the_log(state: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = state / "log" / CHECKPOINT
+    path.write_bytes(damage(path.read_bytes()))
+    stops(state, PlatformError)
+
+
+@pytest.mark.parametrize("path", ["tile/0/000.p/4", "tile/entries/000.p/4"])
+def test_a_tile_with_other_bytes_stops_publication(state: Path, path: str) -> None:
+    (state / "log" / path).write_bytes(b"other bytes")
+    before = files_of(state / "log")
+    with pytest.raises(SequencerStopped, match=path):
+        open_log(state).publish()
+    assert files_of(state / "log")[CHECKPOINT] == before[CHECKPOINT]
+    assert files_of(state / "log")[path] == before[path]
+
+
+def test_a_tile_that_stands_already_with_its_own_bytes_is_left(state: Path) -> None:
+    """A crash between the tiles and the checkpoint."""
+    log = open_log(state)
+    log._write_tiles(3, 4)
+    before = files_of(state / "log")
+    log.publish()
+    after = files_of(state / "log")
+    assert before.items() - after.items() == {(CHECKPOINT, before[CHECKPOINT])}
+    check_log(state, 4)
+
+
+def test_a_new_database_beside_an_old_log_stops_it(state: Path) -> None:
+    """The database and the checkpoint are both lost: the tiles still say that this is another log."""
+    (state / "log" / CHECKPOINT).unlink()
+    for path in state.glob("platform.db*"):
+        path.unlink()
+    log = open_log(state)
+    append(log, "x", "y", "z")
+    with pytest.raises(SequencerStopped, match="tile"):
+        log.publish()
+    assert not (state / "log" / CHECKPOINT).exists()
+
+
+def test_a_database_that_lacks_entries_stops_publication(state: Path) -> None:
+    with closing(connect(state)) as connection:
+        connection.execute("DELETE FROM log_entries WHERE log_index = 3")
+        connection.commit()
+    with pytest.raises(SequencerStopped, match="lacks entries"):
+        open_log(state).publish()
+    check_log(state, 3)
+
+
+def test_batches_are_logged_in_the_order_of_sealing_and_marked_in_the_same_commit(tmp_path: Path) -> None:
+    platform = make_platform(tmp_path, batch_rows=3)
+    record_random(platform, 7, 1)
+    platform.seal()
+    assert platform.log_batches().logged == 0, "nothing is stored yet"
+    platform.store()
+    state = platform.log_batches()
+    assert (state.logged, state.checkpoint and state.checkpoint.size) == (3, 3)
+    with platform.database.read() as connection:
+        found = connection.execute(sa.select(log_entries.c.batch_id).order_by(log_entries.c.log_index)).scalars().all()
+    assert found == [f"2023-11-16T18-0000{n}" for n in range(3)]
+    assert platform.log_batches().logged == 0
+    platform.close()

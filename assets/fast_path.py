@@ -46,6 +46,7 @@ def fast_path_repair(context: dg.AssetExecutionContext, platform: PlatformResour
 @dg.asset_check(
     asset="inference_events",
     name="duplicates",
+    pool=SEQUENCER,
     description="No event stands twice in ClickHouse. If one does: the day's partition has to be rebuilt.",
 )
 def duplicates(platform: PlatformResource) -> dg.AssetCheckResult:

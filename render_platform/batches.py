@@ -26,7 +26,8 @@ def decode(data: bytes) -> pa.Table:
     if not (data.startswith(_MAGIC) and data.endswith(_MAGIC)):
         raise Finding("not a Parquet file from its first byte to its last")
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # One thread: the bytes are in memory, and pyarrow's pools can outlive the interpreter at exit.
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise Finding(f"not readable as Parquet: {error}") from error
     require_schema(table.schema)

@@ -144,7 +144,11 @@ def _verify(
     keys = [Verifier.parse(vkey) for vkey in vkeys]
     attesting = [key for key in keys if key.name.endswith("/attestation")]
     evidence = Evidence(FolderObjects(settings.log_dir), FolderObjects(settings.blobs_dir), keys, attesting)
-    return verify(evidence, deep=deep, progress=progress)
+    outcome = verify(evidence, deep=deep, progress=progress)
+    outcome.notes.append(
+        "unwitnessed: no earlier checkpoint is known here; a log that was cut short would verify"
+    )
+    return outcome
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -97,6 +98,9 @@ def load_settings(environ: Mapping[str, str] | None = None, **options: Any) -> S
 
 def configure_logs() -> None:
     """Structured logs, one JSON object a line, to stderr: what a command prints stays for its reader."""
+    driver = logging.getLogger("clickhouse_connect")  # says on stderr what its errors say again
+    driver.addHandler(logging.NullHandler())
+    driver.propagate = False
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -66,16 +66,16 @@ def tell_story(console: Console, story: Story, state: str) -> None:
     for bad in trace.bad_rows[:MAX_LISTED]:
         console.print(f"  [yellow]line {bad.line}: not read:[/] {bad.reason}")
     if trace.bad_rows:
-        console.print(f"  [yellow]{len(trace.bad_rows):,} rows could not be read[/]")
+        console.print(f"  [yellow]{_many(len(trace.bad_rows), 'row')} could not be read[/]")
     console.print(f"[bold]Run[/]    {run.run_id}" + (" (resumed)" if run.resumed else ""))
     console.print(
-        f"[bold]Loss[/]   {story.lost_on_purpose:,} events of trace/{story.lossy_customer} were kept from ClickHouse "
+        f"[bold]Loss[/]   {_many(story.lost_on_purpose, 'event')} of trace/{story.lossy_customer} kept from ClickHouse "
         "on purpose; reconciliation found:"
     )
     for hour in story.hours:
         for customer, count in sorted(hour.missing.items()):
             if count:
-                console.print(f"         {iso(hour.hour_us)[:13]}h  {count:,} events of {customer} missing")
+                console.print(f"         {iso(hour.hour_us)[:13]}h  {_many(count, 'event')} of {customer} missing")
     console.print(_hours(story))
     console.print(_counts(story))
     console.print(f"\n[bold]Checkpoint[/]\n{_checkpoint(story.verification)}")
@@ -117,7 +117,7 @@ def print_verification(console: Console, outcome: Verification) -> None:
     print_problems(console, outcome)
     for note in outcome.notes:
         console.print(f"[yellow]note:[/] {note}")
-    verdict = "[green]verified[/]" if outcome.verified else f"[red]{len(outcome.problems)} problems[/]"
+    verdict = "[green]verified[/]" if outcome.verified else f"[red]{_many(len(outcome.problems), 'problem')}[/]"
     console.print(f"{verdict}: {_evidence(outcome)}")
 
 
@@ -154,9 +154,13 @@ def _checkpoint(outcome: Verification) -> str:
     return f"  {at.origin}\n  size {at.size:,}\n  root {at.root.hex()}" if at else "  none that can be read"
 
 
+def _many(count: int, one: str, more: str = "") -> str:
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
 def _evidence(outcome: Verification) -> str:
-    depth = f"{outcome.deep_records:,} rows re-read" if outcome.deep else "rows not re-read (--deep does)"
+    depth = f"{_many(outcome.deep_records, 'row')} re-read" if outcome.deep else "rows not re-read (--deep does)"
     return (
-        f"{outcome.entries:,} entries, {outcome.batches:,} batches of {outcome.records:,} events, "
-        f"{outcome.blobs:,} objects rehashed, {depth}"
+        f"{_many(outcome.entries, 'entry', 'entries')}, {_many(outcome.batches, 'batch', 'batches')} of "
+        f"{_many(outcome.records, 'event')}, {_many(outcome.blobs, 'object')} rehashed, {depth}"
     )

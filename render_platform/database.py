@@ -21,7 +21,7 @@ from render_platform.events import EVENT_SCHEMA
 
 try:
     import pysqlite3 as sqlite_module
-except ImportError:  # platforms without the wheel use the interpreter's own; `doctor` reports its version
+except ImportError:  # a platform without the wheel uses the interpreter's own
     import sqlite3 as sqlite_module
 
 BUSY_TIMEOUT_S = 30
@@ -185,7 +185,12 @@ class Database:
 
 
 def open_sqlite(path: Path) -> Database:
-    """Open the database at `path`, making it and its tables where they are missing."""
+    """Open the database at `path`, making it and its tables where they are missing.
+
+    The file is its owner's alone: it holds customers' ids and salts.
+    """
+    if not path.exists():
+        path.touch(mode=0o600)
     engine = sa.create_engine(f"sqlite:///{path}", module=sqlite_module, connect_args={"timeout": BUSY_TIMEOUT_S})
 
     @event.listens_for(engine, "connect")

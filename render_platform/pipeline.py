@@ -78,7 +78,7 @@ class Platform:
         self.clock = clock
         self.ids = ids
         self._duckdb_connect = duckdb_connect
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.database = open_sqlite(settings.database_path)
         begun = create_head(self.database) > 0
         self.log_signer = _key(settings.keys_dir / "checkpoint.key", _origin(ids), begun)

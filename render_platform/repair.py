@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from uuid import UUID
 
 import pyarrow as pa
 import sqlalchemy as sa
@@ -71,7 +72,7 @@ class Repairs:
                 "hour": plan.hour_us,
                 "records": rows.num_rows,
                 "gpu_time_ns": total_gpu_time_ns(rows),
-                "event_ids": [event_id.hex() for event_id in plan.event_ids],
+                "event_ids": [str(UUID(bytes=event_id)) for event_id in plan.event_ids],
             }
         )
         return AuditEntry(

@@ -5,12 +5,9 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets import views
-from assets.jobs import BACKFILL, DAYS, HOURS, day_of_key, hour_of_key
+from assets.jobs import BACKFILL, DAYS, HOURS, SEQUENCER, day_of_key, hour_of_key
 from render_platform.errors import Finding, Unavailable
 from resources.platform import PlatformResource
-
-SEQUENCER = "sequencer"
-"""The pool of everything that appends to the log: one step at a time."""
 
 
 @dg.asset(
@@ -34,7 +31,7 @@ def audit_log(platform: PlatformResource) -> Iterator[dg.MaterializeResult[None]
         state = open_platform.log_batches()
         yield dg.MaterializeResult(metadata={"entries added": state.logged, **views.checkpoint(state.checkpoint)})
         try:
-            checked = open_platform.check_log_tail()
+            checked = open_platform.log.check_tail()
         except (Finding, Unavailable) as error:
             yield dg.AssetCheckResult(check_name="chain_and_signature", passed=False, description=str(error))
         else:

@@ -3,8 +3,7 @@
 import dagster as dg
 
 from assets import views
-from assets.compliance import SEQUENCER
-from assets.jobs import BACKFILL, HOURS, hour_of_key
+from assets.jobs import BACKFILL, HOURS, SEQUENCER, hour_of_key
 from resources.platform import PlatformResource
 
 inference_events = dg.AssetSpec(

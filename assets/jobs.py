@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
-from render_platform.clock import HOUR_US, US_PER_SECOND, iso, time_us
+from render_platform.clock import DAY_US, hour_of, iso, time_us
 
 START = "2023-01-01"
 HOURS = dg.HourlyPartitionsDefinition(start_date=f"{START}-00:00", end_offset=1)
@@ -15,12 +15,14 @@ IN_PROGRESS = [
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
 ]
+SEQUENCER = "sequencer"
+"""The pool of everything that appends to the log: one step at a time."""
 BACKFILL = dg.BackfillPolicy.multi_run(max_partitions_per_run=744)
 
 
 def hour_key(hour_us: int) -> str:
     """`2023-11-16-18:00`, as Dagster names the hour."""
-    return iso(hour_us - hour_us % HOUR_US)[:16].replace("T", "-")
+    return iso(hour_of(hour_us))[:16].replace("T", "-")
 
 
 def hour_of_key(key: str) -> int:
@@ -30,7 +32,7 @@ def hour_of_key(key: str) -> int:
 def day_of_key(key: str) -> tuple[int, int]:
     """Begin and end of a day."""
     start = time_us(f"{key}T00:00:00Z")
-    return start, start + 24 * 3_600 * US_PER_SECOND
+    return start, start + DAY_US
 
 
 flush = dg.define_asset_job(

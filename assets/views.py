@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from render_platform.clock import iso
+from render_platform.clock import WINDOW_US, iso
 from render_platform.events import EVENT_SCHEMA
 from render_platform.note import Checkpoint
 from render_platform.reconciliation import CAUSES, HourReport
@@ -55,7 +55,7 @@ def findings(report: HourReport) -> dg.TableMetadataValue:
     columns = ["window", "customer", "model", "status", "events", *CAUSES, "rollup"]
     rows = [
         {
-            "window": iso(verdict.figures.key[0] * 300_000_000)[11:16],
+            "window": iso(verdict.figures.key[0] * WINDOW_US)[11:16],
             "customer": verdict.figures.key[1][:12],
             "model": verdict.figures.key[2],
             "status": verdict.status,

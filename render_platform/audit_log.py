@@ -17,9 +17,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from render_platform import merkle, tiles
+from render_platform.canonical import digest_of
 from render_platform.cas import Cas
-from render_platform.database import Database, batches, checkpoints, log_entries, log_head
-from render_platform.entries import FIRST_PREVIOUS, AuditEntry, digest_of_entry, parse
+from render_platform.database import UNPUBLISHED, Database, batches, checkpoints, log_entries, log_head
+from render_platform.entries import FIRST_PREVIOUS, AuditEntry, parse
 from render_platform.errors import Finding, Missing, SequencerStopped
 from render_platform.note import Checkpoint, Signer, read_checkpoint, sign_note
 from render_platform.objects import ObjectStore
@@ -64,9 +65,9 @@ class AuditLog:
         standing = self._compare()
         with self._database.read() as connection:
             head = _head(connection)
-        checkpoint = Checkpoint(self._signer.name, head.size, head.root)
         if head.size == 0:
             return None
+        checkpoint = Checkpoint(self._signer.name, head.size, head.root)
         published = self._opened(standing)
         if published is None or published.size < head.size:
             self._write_tiles(published.size if published else 0, head.size)
@@ -105,7 +106,7 @@ class AuditLog:
             entries = _column(connection, log_entries.c.entry, start, head.size)
             leaves = _column(connection, log_entries.c.leaf_hash, start, head.size)
         for before, after in pairwise(entries):
-            if parse(after).previous != digest_of_entry(before):
+            if parse(after).previous != digest_of(before):
                 raise Finding("an entry does not name the digest of the one before it")
         if any(merkle.leaf_hash(entry) != leaf for entry, leaf in zip(entries, leaves, strict=True)):
             raise Finding("an entry does not have the leaf hash that the log's root was made of")
@@ -176,7 +177,7 @@ class AuditLog:
                     size=peaks.size,
                     peaks=peaks.to_bytes(),
                     root=peaks.root(),
-                    last_entry_digest=digest_of_entry(data),
+                    last_entry_digest=digest_of(data),
                 )
             )
             if moved.rowcount != 1:
@@ -196,13 +197,13 @@ class AuditLog:
 
     def _write_tiles(self, old_size: int, new_size: int) -> None:
         """Step 4. Every tile is made from committed entries; one that stands already must hold the same bytes."""
-        for level, index, width in tiles.new_tiles(old_size, new_size):
+        for tile in tiles.new_tiles(old_size, new_size):
+            level, index, width = tile
+            path = tiles.path_of(tile)
             if level is None:
-                path = tiles.entries_path(index, width)
                 start = index * tiles.TILE_WIDTH
                 data = tiles.encode_bundle(self._column(log_entries.c.entry, start, start + width))
             else:
-                path = tiles.tile_path(level, index, width)
                 data = tiles.tile_hashes(level, index, width, self._leaves)
             if not self._objects.create(path, data) and self._objects.read(path) != data:
                 raise SequencerStopped(
@@ -258,10 +259,7 @@ class BatchLogger:
     def _next(self) -> Any:
         with self._database.read() as connection:
             batch = connection.execute(
-                sa.select(batches)
-                .where(batches.c.state.not_in(["logged", "published"]))
-                .order_by(batches.c.ordinal)
-                .limit(1)
+                sa.select(batches).where(batches.c.state.in_(UNPUBLISHED[:-1])).order_by(batches.c.ordinal).limit(1)
             ).one_or_none()
         if batch is None or batch.state == "stored":
             return batch
@@ -290,10 +288,14 @@ def _draft(batch: Any) -> AuditEntry:
 
 def create_head(database: Database) -> int:
     """The head of an empty log, where there is none; gives the log's size."""
+    select = sa.select(log_head.c.size)
+    with database.read() as connection:
+        size = connection.execute(select).scalar()
+    if size is not None:
+        return int(size)
+    empty = merkle.Peaks.empty()
     with database.write() as connection:
-        size = connection.execute(sa.select(log_head.c.size)).scalar()
-        if size is None:
-            empty = merkle.Peaks.empty()
+        if connection.execute(select).scalar() is None:
             connection.execute(
                 log_head.insert().values(
                     id=1,
@@ -304,7 +306,7 @@ def create_head(database: Database) -> int:
                     last_entry_digest=FIRST_PREVIOUS,
                 )
             )
-    return int(size or 0)
+    return 0
 
 
 def _head(connection: sa.Connection) -> Any:

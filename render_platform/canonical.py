@@ -10,6 +10,7 @@ A reader hashes the bytes that it received, and refuses bytes that are not the c
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,3 +71,8 @@ def _refuse(value: Any, where: str, depth: int = 0) -> None:
             _refuse(item, f"{where}[{index}]", depth + 1)
     else:
         raise Finding(f"{where} is a {type(value).__name__}, which canonical JSON does not have")
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256 in lower-case hex: the name of a blob, and of an entry in the one after it."""
+    return hashlib.sha256(data).hexdigest()

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
 
 import structlog
 
+from render_platform.canonical import digest_of
 from render_platform.errors import DigestMismatch, Unavailable, UsageError
 from render_platform.objects import ObjectStore
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"sha256/([0-9a-f]{2})/([0-9a-f]{62})")
 
-log = structlog.get_logger()
-
-
-def digest_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+_log = structlog.get_logger()
 
 
 def path_of(digest: str) -> str:
@@ -47,7 +43,7 @@ class Cas:
         # A crash before create: nothing stands. After it: an object that nothing names yet; the repeat finds it.
         if not self._objects.create(path, data) and self._objects.read(path) != data:
             moved = self._objects.move_aside(path)
-            log.error("cas.quarantined", digest=digest, moved_to=moved)
+            _log.error("cas_quarantined", digest=digest, moved_to=moved)
             self._objects.create(path, data)
         if digest_of(self._objects.read(path)) != digest:
             raise Unavailable(f"blobs/{path}: what was written does not read back", "check the disk or the store")
@@ -69,9 +65,3 @@ class Cas:
         for path in self._objects.names("sha256/"):
             if digest := digest_at(path):
                 yield digest
-
-    def strangers(self) -> Iterator[str]:
-        """Names of objects that are not content-addressed and not in quarantine."""
-        for path in self._objects.names():
-            if digest_at(path) is None and not path.startswith("quarantine/"):
-                yield path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -16,17 +17,19 @@ from typing import Any
 import click
 
 from render_platform import __version__, console
-from render_platform.clock import HOUR_US, iso, time_us
+from render_platform.clock import DAY_US, hours_between, iso, time_us
 from render_platform.config import Settings, configure_logs, load_settings
 from render_platform.demo import Demo
 from render_platform.errors import PlatformError, UsageError
+from render_platform.evidence import Evidence, Verification
 from render_platform.note import Verifier
 from render_platform.objects import FolderObjects
 from render_platform.pipeline import open_platform
 from render_platform.reconciliation import HourReport, worst
 from render_platform.traces import generated_trace, read_trace
-from render_platform.verification import Evidence, Verification, verify
+from render_platform.verification import verify
 
+MAX_RANGE_US = 3_660 * DAY_US
 STATUS_EXIT = {"reconciled": 0, "discrepant": 1, "unavailable": 3, "pending": 3}
 
 state_option = click.option(
@@ -35,7 +38,7 @@ state_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object or array, for programs.")
 
 
-class _Hour(click.ParamType[int]):
+class _Time(click.ParamType[int]):
     name = "time"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
@@ -57,6 +60,10 @@ class _Group(click.Group):
             if error.remedy:
                 click.echo(f"  → {error.remedy}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+            click.echo("  → check that the path exists, is readable and writable, and has space", err=True)
+            ctx.exit(3)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -137,33 +144,35 @@ def _verify(
     if not vkeys:
         with open_platform(settings) as platform:
             outcome = platform.verify(deep=deep, progress=progress)
-        outcome.notes.append("the keys came from the state folder itself; pin yours with --key (see `vkey`)")
+        outcome.note("the keys came from the state folder itself; pin yours with --key (see `vkey`)")
         return outcome
     if not settings.log_dir.is_dir():
         raise UsageError(f"{settings.state_dir} holds no log", "give --state the folder that holds blobs/ and log/")
     keys = [Verifier.parse(vkey) for vkey in vkeys]
     attesting = [key for key in keys if key.name.endswith("/attestation")]
-    evidence = Evidence(FolderObjects(settings.log_dir), FolderObjects(settings.blobs_dir), keys, attesting)
+    signing = [key for key in keys if key not in attesting]  # a role signs what is its own, and nothing else
+    if not signing:
+        raise UsageError("no --key is a log's key", "give what `render-platform vkey` prints")
+    evidence = Evidence(FolderObjects(settings.log_dir), FolderObjects(settings.blobs_dir), signing, attesting)
     outcome = verify(evidence, deep=deep, progress=progress)
-    outcome.notes.append(
-        "unwitnessed: no earlier checkpoint is known here; a log that was cut short would verify"
-    )
+    outcome.note("unwitnessed: no earlier checkpoint is known here; a log that was cut short would verify")
     return outcome
 
 
 @main.command()
 @state_option
-@click.option("--from", "start", type=_Hour(), help="The first hour, such as 2023-11-16T18:00Z.")
-@click.option("--to", "end", type=_Hour(), help="The time before which the last hour begins.")
+@click.option("--from", "start", type=_Time(), help="The first hour, such as 2023-11-16T18:00Z.")
+@click.option("--to", "end", type=_Time(), help="The time before which the last hour begins.")
 @json_option
 def reconcile(state: Path | None, start: int | None, end: int | None, as_json: bool) -> None:
     """Reconcile hours of the slow path with ClickHouse: every hour that holds events, or those of a range."""
     if start is not None and end is not None and start >= end:
         raise UsageError("--from is not before --to", "give a range that holds at least one hour")
     with console.progress_bars() as progress, open_platform(load_settings(state_dir=state)) as platform:
-        hours = platform.hours.known(start, end)
-        if start is not None and end is not None:
-            hours = list(range(start - start % HOUR_US, end, HOUR_US))
+        if start is not None and end is not None and end - start > MAX_RANGE_US:
+            raise UsageError("--from and --to are more than ten years apart", "reconcile a shorter range")
+        whole = start is not None and end is not None
+        hours = list(hours_between(start or 0, end or 0)) if whole else platform.hours.known(start, end)
         reports = []
         for done, hour in enumerate(hours):
             progress("reconcile", done, len(hours))
@@ -199,13 +208,18 @@ def query(sql: str, state: Path | None, as_json: bool) -> None:
     """Run one SELECT with DuckDB over `usage_events`: the rows of every published batch, digests checked."""
     with open_platform(load_settings(state_dir=state)) as platform:
         table = platform.query(sql)
-    rows = table.to_pylist()
+    rows = [{name: _finite(value) for name, value in row.items()} for row in table.to_pylist()]
     if as_json:
         _print_json(rows)
         return
     click.echo("\t".join(table.column_names))
     for row in rows:
         click.echo("\t".join(str(_plain(value)) for value in row.values()))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they are shown as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_json(value: Any) -> None:
@@ -218,7 +232,7 @@ def _plain(value: Any) -> Any:
         return int(value) if value == value.to_integral_value() else str(value)
     if isinstance(value, bytes):
         return value.hex()
-    return value.isoformat() if isinstance(value, datetime | date) else value if isinstance(value, int) else str(value)
+    return value.isoformat() if isinstance(value, datetime | date) else str(value)
 
 
 def _checkout() -> Path:

@@ -28,6 +28,9 @@ from render_platform.clickhouse_schema import (
     LATENCY_QUERY,
     MIGRATIONS,
     MIGRATIONS_TABLE,
+    MINUTE_RANGE,
+    MINUTE_SELECT,
+    RANGE,
     ROLLUP_QUERY,
     ROLLUP_SCHEMA,
     ROWS_OF_KEYS,
@@ -38,7 +41,7 @@ from render_platform.clickhouse_schema import (
 )
 from render_platform.clock import US_PER_SECOND
 from render_platform.errors import Unavailable, UsageError
-from render_platform.events import EVENT_SCHEMA, require_schema
+from render_platform.events import EVENT_SCHEMA, Totals, require_schema
 
 MINUTE_US = 60 * US_PER_SECOND
 OLDEST_SERVER = [24, 8]
@@ -154,18 +157,32 @@ class ClickHouse:
         sql = f"{ROWS_QUERY} {ROWS_OF_KEYS if keys is not None else ''} {ROWS_ORDER}"
         return _typed(self._query(sql, **values), EVENT_SCHEMA)
 
-    def totals(self, source: str | None = None) -> tuple[int, int]:
+    def totals(self, source: str | None = None) -> Totals:
         """How many rows there are, of one source or of all, and their exact GPU time in ns."""
         sql = "SELECT count() AS n, toString(sum(toInt128(gpu_time_ns))) AS ns FROM usage_events"
         if source is not None:
             sql += " WHERE source = {source:String}"
         row = self._query(sql, source=source or "").to_pylist()[0]
-        return int(row["n"]), int(row["ns"])
+        return Totals(int(row["n"]), int(row["ns"]))
 
     def duplicates(self) -> int:
         """Rows beyond the first of their event_id, over everything that is kept."""
         found = self._query("SELECT toInt64(count() - uniqExact(event_id)) AS rows FROM usage_events")
         return int(found.column("rows")[0].as_py())
+
+    def rebuild_rollup(self, start_us: int, end_us: int) -> None:
+        """Make the rollup of [start, end), whole minutes that nobody writes to any more, from the raw rows again.
+
+        Other minutes may be written meanwhile. A crash after the deletion leaves a rollup that lacks rows, as before:
+        call it again. No token: it is no retry, and after a deletion an old token would insert nothing.
+        """
+        values = _minutes(start_us, end_us)
+        self._command(f"ALTER TABLE usage_minute DELETE WHERE {MINUTE_RANGE} SETTINGS mutations_sync = 2", **values)
+        self._command(
+            f"INSERT INTO usage_minute {MINUTE_SELECT.replace('GROUP BY', f'WHERE {RANGE} GROUP BY')}",
+            start=start_us,
+            end=end_us,
+        )
 
     def latency_quantiles(self, start_us: int, end_us: int) -> list[Latency]:
         """One Latency a model, by name, from the rollup; UsageError unless both ends are whole minutes."""

@@ -61,9 +61,9 @@ MIGRATIONS: tuple[tuple[int, str, tuple[str, ...]], ...] = (
 MIGRATIONS_TABLE = """CREATE TABLE IF NOT EXISTS schema_migrations (number UInt32, name String)
 ENGINE = MergeTree ORDER BY number"""
 
-_RANGE = """recorded_at >= fromUnixTimestamp64Micro({start:Int64}, 'UTC')
+RANGE = """recorded_at >= fromUnixTimestamp64Micro({start:Int64}, 'UTC')
     AND recorded_at < fromUnixTimestamp64Micro({end:Int64}, 'UTC')"""
-_MINUTE_RANGE = "minute >= toDateTime({start:Int64}, 'UTC') AND minute < toDateTime({end:Int64}, 'UTC')"
+MINUTE_RANGE = "minute >= toDateTime({start:Int64}, 'UTC') AND minute < toDateTime({end:Int64}, 'UTC')"
 
 _SUMS = {
     "window": pa.int64(),
@@ -72,29 +72,30 @@ _SUMS = {
     "events": pa.int64(),
     "gpu_time_ns": pa.decimal128(38, 0),
 }
-_ID_SUMS = {"id_sum": pa.uint64(), "bound_sum": pa.uint64()}
+_ID_SUMS = {"id_sum": pa.uint64(), "id_high_sum": pa.uint64(), "bound_sum": pa.uint64()}
 ROLLUP_SCHEMA = pa.schema([pa.field(name, kind, False) for name, kind in _SUMS.items()])
 WINDOW_SCHEMA = pa.schema([pa.field(name, kind, False) for name, kind in (_SUMS | _ID_SUMS).items()])
 
 _BY_KEY = "GROUP BY `window`, customer_ref, model_name ORDER BY `window`, customer_ref, model_name"
-WINDOWS_QUERY = f"""WITH reinterpretAsUInt64(reverse(substring(UUIDToNum(event_id), 9, 8))) AS lo
+WINDOWS_QUERY = f"""WITH reinterpretAsUInt64(reverse(substring(UUIDToNum(event_id), 9, 8))) AS lo,
+    reinterpretAsUInt64(reverse(substring(UUIDToNum(event_id), 1, 8))) AS hi
 SELECT intDiv(toUnixTimestamp64Micro(recorded_at), {WINDOW_US}) AS `window`, customer_ref, model_name,
     toInt64(count()) AS events, toDecimal128(toString(sum(toInt128(e.gpu_time_ns))), 0) AS gpu_time_ns,
-    sum(lo) AS id_sum, sum(bitAnd(lo, 4294967295) * toUInt64(e.gpu_time_ns)) AS bound_sum
-FROM usage_events AS e WHERE {_RANGE} {_BY_KEY}"""  # noqa: S608
+    sum(lo) AS id_sum, sum(hi) AS id_high_sum, sum(bitAnd(lo, 4294967295) * toUInt64(e.gpu_time_ns)) AS bound_sum
+FROM usage_events AS e WHERE {RANGE} {_BY_KEY}"""  # noqa: S608
 
 ROLLUP_QUERY = f"""SELECT intDiv(toInt64(toUnixTimestamp(minute)), {WINDOW_US // US_PER_SECOND}) AS `window`,
     customer_ref, model_name, toInt64(sum(m.events)) AS events,
     toDecimal128(toString(sum(m.gpu_time_ns_sum)), 0) AS gpu_time_ns
-FROM usage_minute AS m WHERE {_MINUTE_RANGE} {_BY_KEY}"""  # noqa: S608
+FROM usage_minute AS m WHERE {MINUTE_RANGE} {_BY_KEY}"""  # noqa: S608
 
 _READ = (f"UUIDToNum(e.{f.name}) AS {f.name}" if f.type == pa.uuid() else f.name for f in EVENT_SCHEMA)
 ROWS_QUERY = f"""SELECT {", ".join(_READ)}
-FROM usage_events AS e WHERE {_RANGE}"""  # noqa: S608
+FROM usage_events AS e WHERE {RANGE}"""  # noqa: S608
 ROWS_OF_KEYS = """AND (e.customer_ref, e.model_name) IN
     (SELECT arrayJoin(arrayZip({customers:Array(String)}, {models:Array(String)})))"""
 ROWS_ORDER = "ORDER BY UUIDToNum(e.event_id), recorded_at, gpu_time_ns"
 
 LATENCY_QUERY = f"""SELECT model_name, toInt64(sum(m.events)) AS events,
     arrayMap(x -> toInt64(round(x)), quantilesTDigestMerge(0.5, 0.9, 0.99)(total_time_us_digest)) AS quantiles
-FROM usage_minute AS m WHERE {_MINUTE_RANGE} GROUP BY model_name ORDER BY model_name"""  # noqa: S608
+FROM usage_minute AS m WHERE {MINUTE_RANGE} GROUP BY model_name ORDER BY model_name"""  # noqa: S608

@@ -93,7 +93,10 @@ def load_settings(environ: Mapping[str, str] | None = None, **options: Any) -> S
         values[name] = _parse(variable, text, known[name].type)
     values.update({name: value for name, value in options.items() if value is not None})
     settings = Settings(**values)
-    return replace(settings, state_dir=settings.state_dir.expanduser().resolve())
+    try:
+        return replace(settings, state_dir=settings.state_dir.expanduser().resolve())
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"state_dir {settings.state_dir} is not a path: {error}", "give --state a folder") from error
 
 
 def configure_logs() -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from render_platform.clock import iso
 from render_platform.demo import Story
+from render_platform.evidence import Verification
 from render_platform.reconciliation import CAUSES, HourReport
-from render_platform.verification import Verification
 
 LABELS = {
     "replay": "replay: outbox and ClickHouse",
@@ -62,21 +63,25 @@ def _complete(progress: Progress, bar: TaskID) -> None:
 
 def tell_story(console: Console, story: Story, state: str) -> None:
     trace, run = story.trace, story.run
-    console.print(f"\n[bold]Trace[/]  {trace.path}: {len(trace.jobs):,} jobs, GPU time from a simulated device")
+    console.print(f"\n[bold]Trace[/]  {escape(trace.path)}: {len(trace.jobs):,} jobs, GPU time from a simulated device")
     for bad in trace.bad_rows[:MAX_LISTED]:
-        console.print(f"  [yellow]line {bad.line}: not read:[/] {bad.reason}")
+        console.print(f"  [yellow]line {bad.line}: not read:[/] {escape(bad.reason)}")
     if trace.bad_rows:
         console.print(f"  [yellow]{_many(len(trace.bad_rows), 'row')} could not be read[/]")
     console.print(f"[bold]Run[/]    {run.run_id}" + (" (resumed)" if run.resumed else ""))
     console.print(
-        f"[bold]Loss[/]   {_many(story.lost_on_purpose, 'event')} of trace/{story.lossy_customer} kept from ClickHouse "
-        "on purpose; reconciliation found:"
+        f"[bold]Loss[/]   {_many(story.lost_on_purpose, 'event')} of trace/{escape(story.lossy_customer)} "
+        "kept from ClickHouse on purpose; reconciliation found:"
     )
     for hour in story.hours:
         for customer, count in sorted(hour.missing.items()):
             if count:
-                console.print(f"         {iso(hour.hour_us)[:13]}h  {_many(count, 'event')} of {customer} missing")
+                console.print(
+                    f"         {iso(hour.hour_us)[:13]}h  {_many(count, 'event')} of {escape(customer)} missing"
+                )
     console.print(_hours(story))
+    for path in story.unfinished if story.pending else ():
+        console.print(f"  [yellow]pending:[/] a run of {escape(path)} was stopped; finish it, then run this again")
     console.print(_counts(story))
     console.print(f"\n[bold]Checkpoint[/]\n{_checkpoint(story.verification)}")
     verdict = "[green]verified[/]" if story.verification.verified else "[red]NOT verified[/]"
@@ -116,14 +121,14 @@ def print_verification(console: Console, outcome: Verification) -> None:
         console.print(_checkpoint(outcome))
     print_problems(console, outcome)
     for note in outcome.notes:
-        console.print(f"[yellow]note:[/] {note}")
+        console.print(f"[yellow]note:[/] {escape(note)}")
     verdict = "[green]verified[/]" if outcome.verified else f"[red]{_many(len(outcome.problems), 'problem')}[/]"
     console.print(f"{verdict}: {_evidence(outcome)}")
 
 
 def print_problems(console: Console, outcome: Verification) -> None:
     for problem in outcome.problems:
-        console.print(f"[red]problem:[/] {problem.where}: {problem.what}", markup=True)
+        console.print(f"[red]problem:[/] {escape(problem.where)}: {escape(problem.what)}")
 
 
 def print_reports(console: Console, reports: list[HourReport]) -> None:
@@ -142,7 +147,7 @@ def print_reports(console: Console, reports: list[HourReport]) -> None:
     console.print(table)
     for report in reports:
         if report.error:
-            console.print(f"{iso(report.hour_us)[:13]}h: {report.error}")
+            console.print(f"{iso(report.hour_us)[:13]}h: {escape(report.error)}")
 
 
 def _coloured(status: str) -> str:
@@ -151,7 +156,7 @@ def _coloured(status: str) -> str:
 
 def _checkpoint(outcome: Verification) -> str:
     at = outcome.checkpoint
-    return f"  {at.origin}\n  size {at.size:,}\n  root {at.root.hex()}" if at else "  none that can be read"
+    return f"  {escape(at.origin)}\n  size {at.size:,}\n  root {at.root.hex()}" if at else "  none that can be read"
 
 
 def _many(count: int, one: str, more: str = "") -> str:

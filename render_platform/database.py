@@ -41,6 +41,7 @@ lanes = sa.Table(
     sa.Column("lane", sa.Text, primary_key=True),
     sa.Column("state", sa.Text, nullable=False),  # open | finished
     sa.Column("start_us", sa.BigInteger, nullable=False),  # the hour that the lane begins with
+    sa.Column("end_us", sa.BigInteger),  # no row of the lane falls at or after it; null: it goes on
     sa.Column("frontier_us", sa.BigInteger, nullable=False),  # no row will be recorded before it
     sa.Column("next_watermark_us", sa.BigInteger, nullable=False),  # the first hour not yet declared complete
 )
@@ -76,6 +77,8 @@ batches = sa.Table(
     sa.UniqueConstraint("hour_us", "batch_seq"),
     sa.Index("batches_by_state", "state", "ordinal"),
 )
+UNPUBLISHED = ("filling", "closed", "sealed", "stored", "logged")
+"""A batch's states before the last, in their order. Asked for by name, so that the index serves."""
 usage_events = sa.Table(
     "usage_events",
     metadata,
@@ -141,10 +144,10 @@ runs = sa.Table(
     metadata,
     sa.Column("run_id", sa.Text, primary_key=True),
     sa.Column("trace_digest", sa.Text, nullable=False),
+    sa.Column("trace_path", sa.Text, nullable=False),  # for people: which file to give again
     sa.Column("lane", sa.Text, nullable=False),
     sa.Column("next_row", sa.BigInteger, nullable=False),
     sa.Column("state", sa.Text, nullable=False),  # replaying > replayed > finished
-    sa.Column("started_us", sa.BigInteger, nullable=False),
 )
 
 
@@ -204,10 +207,9 @@ def open_sqlite(path: Path) -> Database:
         connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE"))
 
     database = Database(engine)
-    with database.write() as connection:
-        metadata.create_all(connection)
+    with database.read() as connection:
+        missing = metadata.tables.keys() - set(sa.inspect(connection).get_table_names())
+    if missing:
+        with database.write() as connection:
+            metadata.create_all(connection)
     return database
-
-
-def sqlite_version() -> str:
-    return str(sqlite_module.sqlite_version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
@@ -23,7 +22,7 @@ class Delivery:
         self._cas = cas
         self._signer = signer
 
-    def store_sealed(self, progress: Callable[[str], None] = lambda _batch_id: None) -> list[str]:
+    def store_sealed(self) -> list[str]:
         """Store every sealed batch and its attestation; gives the batch ids. Watermarks have nothing to store."""
         with self._database.read() as connection:
             waiting = connection.execute(
@@ -31,7 +30,6 @@ class Delivery:
             ).all()
         for batch in waiting:
             self._store(batch)
-            progress(batch.batch_id)
         return [batch.batch_id for batch in waiting]
 
     def _store(self, batch: Any) -> None:

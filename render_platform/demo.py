@@ -7,27 +7,25 @@ and reconciled when their hours are closed. What is special here: one customer l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import sqlalchemy as sa
 
 from render_platform import canonical
-from render_platform.clock import hour_of, iso
+from render_platform.clock import HOUR_US, hour_of, iso
 from render_platform.database import batches
 from render_platform.errors import UsageError
+from render_platform.evidence import Progress, Verification
 from render_platform.fast_path import FastPath
 from render_platform.pipeline import Platform
 from render_platform.replay import Replay, Run
 from render_platform.simulated import SimulatedRun, simulate
 from render_platform.traces import Trace
-from render_platform.verification import Verification
 
 LOSE_ONE_IN = 10
 """Of the events of the customer with the most jobs: far above the threshold of one in a thousand."""
-
-Progress = Callable[[str, int, int], None]
 
 
 class Stages(Protocol):
@@ -73,6 +71,12 @@ class Story:
     batches: int
     hours: tuple[HourStory, ...]
     verification: Verification
+    unfinished: tuple[str, ...] = ()
+    """Traces of other runs that were stopped: their hours stay pending until they are run again."""
+
+    @property
+    def pending(self) -> bool:
+        return any(hour.after == "pending" for hour in self.hours)
 
     @property
     def good(self) -> bool:
@@ -91,6 +95,7 @@ class Story:
             "verified": self.verification.verified,
             "run_id": self.run.run_id,
             "resumed": self.run.resumed,
+            "unfinished_traces": list(self.unfinished),
             "lost_on_purpose": self.lost_on_purpose,
             "trace": {"path": self.trace.path, "sha256": self.trace.digest, "rows": len(self.trace.jobs)},
             "bad_rows": [{"line": bad.line, "reason": bad.reason} for bad in self.trace.bad_rows],
@@ -114,7 +119,7 @@ class Demo:
             raise UsageError(f"{trace.path}: no row can be read", "see the rows that are reported, and their reasons")
         hours = sorted({hour_of(job.finished_us) for job in schedule})
         self._stages.check_hours(hours)
-        run = self._replay.open_run(trace)
+        run = self._replay.open_run(trace, schedule[0].finished_us, hours[-1] + HOUR_US)
         lossy, lost = _losses(schedule)
         if run.state == "replaying":
             self._replay_rows(run, trace, schedule, lost)
@@ -124,7 +129,8 @@ class Demo:
         verification = self._platform.verify(deep=True, progress=self._progress)
         story = self._tell(run, trace, (lossy, len(lost)), stories, verification)
         # A crash before this: the next call tells the story of this run again. After it: it begins a new run.
-        self._replay.finish(run)
+        if not story.pending:
+            self._replay.finish(run)
         return story
 
     def _replay_rows(self, run: Run, trace: Trace, schedule: Sequence[SimulatedRun], lost: set[int]) -> None:
@@ -152,14 +158,15 @@ class Demo:
         self._progress("repair", 0, len(wanting))
         if wanting:
             self._stages.repair(wanting)
-        return tuple(self._hour(hour, before[hour], self._report(hour)) for hour in hours)
+        names = self._platform.outbox.names()
+        return tuple(self._hour(hour, names, before[hour], self._report(hour)) for hour in hours)
 
     def _report(self, hour_us: int) -> dict[str, Any]:
         last = self._platform.hours.last_report(hour_us)
         return canonical.decode(self._platform.cas.get(last.digest)) if last else {"status": "pending"}
 
-    def _hour(self, hour_us: int, before: dict[str, Any], after: dict[str, Any]) -> HourStory:
-        names = self._platform.outbox.names()
+    @staticmethod
+    def _hour(hour_us: int, names: dict[str, str], before: dict[str, Any], after: dict[str, Any]) -> HourStory:
         missing: Counter[str] = Counter()
         for finding in before.get("findings", []):
             missing[names.get(finding["customer_ref"], finding["customer_ref"])] += finding["counts"]["missing"]
@@ -185,11 +192,12 @@ class Demo:
             trace=trace,
             lossy_customer=lost[0],
             lost_on_purpose=lost[1],
-            events=Counted(outbox.events, cas[0], clickhouse[0]),
-            gpu_time_ns=Counted(outbox.gpu_time_ns, cas[1], clickhouse[1]),
+            events=Counted(outbox.events, cas.events, clickhouse.events),
+            gpu_time_ns=Counted(outbox.gpu_time_ns, cas.gpu_time_ns, clickhouse.gpu_time_ns),
             batches=batch_count,
             hours=hours,
             verification=verification,
+            unfinished=tuple(self._replay.unfinished()),
         )
 
 

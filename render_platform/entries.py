@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from render_platform import canonical
 from render_platform.clock import HOUR_US
 from render_platform.errors import Finding, PlatformError, RecordError
+from render_platform.tiles import MAX_ENTRY_BYTES
 
 VERSION = 1
-MAX_BYTES = 65_535
 TYPES = ("usage_batch", "watermark", "reconciliation", "repair", "charges", "correction", "key", "erasure")
 FIRST_PREVIOUS = "0" * 64
+END_OF_TIME_US = 253_402_300_800_000_000
+"""The year 10000: no time in an entry is as late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ class AuditEntry:
     def to_bytes(self) -> bytes:
         """The leaf's bytes. Finding above 65,535 of them: entries hold digests and sums, never payloads."""
         data = canonical.encode({name: _plain(getattr(self, name)) for name in FIELDS})
-        if len(data) > MAX_BYTES:
-            raise Finding(f"the entry {self.batch_id} has {len(data)} bytes, more than {MAX_BYTES}")
+        if len(data) > MAX_ENTRY_BYTES:
+            raise Finding(f"the entry {self.batch_id} has {len(data)} bytes, more than {MAX_ENTRY_BYTES}")
         return data
 
     @property
@@ -65,10 +66,8 @@ class AuditEntry:
         return tuple(digest for digest in (self.subject_digest, self.attestation) if digest is not None)
 
 
-_NUMBERS = {
-    *("version", "recorded_hour", "batch_seq", "first_recorded_at", "last_recorded_at", "complete_until"),
-    *("subject_size", "records", "gpu_time_ns"),
-}
+_TIMES = {"recorded_hour", "first_recorded_at", "last_recorded_at", "complete_until"}
+_NUMBERS = {"version", "batch_seq", "subject_size", "records", "gpu_time_ns"}
 _REQUIRED = {"version", "type", "batch_id", "previous", "records", "gpu_time_ns"}
 FIELDS: tuple[str, ...] = ("version", *(f.name for f in fields(AuditEntry) if f.name != "version"))
 
@@ -86,14 +85,12 @@ def parse(data: bytes) -> AuditEntry:
         raise Finding(f"the entry is not valid: {error}") from error
 
 
-def digest_of_entry(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _check_type(name: str, value: Any) -> None:
     """Finding unless the field has the type that an entry gives it; null only where its default is None."""
     if name == "acceptances":
         good = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    elif name in _TIMES:
+        good = value is None or (type(value) is int and 0 <= value < END_OF_TIME_US)
     elif name in _NUMBERS:
         good = (value is None and name not in _REQUIRED) or (type(value) is int and value >= 0)
     else:

@@ -9,7 +9,7 @@ import re
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -84,6 +84,13 @@ EVENT_SCHEMA = pa.schema(
     ]
 )
 COLUMNS: tuple[str, ...] = tuple(EVENT_SCHEMA.names)
+
+
+class Totals(NamedTuple):
+    """Events and exact GPU ns, as one place holds them."""
+
+    events: int
+    gpu_time_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +268,11 @@ def require_schema(schema: pa.Schema) -> None:
     """Raise Finding unless `schema` is exactly EVENT_SCHEMA (names, order, types, nullability)."""
     if not schema.equals(EVENT_SCHEMA):
         raise Finding("the rows do not have the schema of a usage event", "see docs/formats.md for the columns")
+
+
+def event_ids(table: pa.Table) -> pa.Array:
+    """The event ids, 16 bytes each."""
+    return table.column("event_id").combine_chunks().storage
 
 
 def merkle_root(table: pa.Table) -> bytes:

@@ -2,7 +2,7 @@
 
 - Only rows whose transaction has committed: what ClickHouse shows exists on the slow path too, or soon will.
 - Nothing is kept for later and nothing is sent again after a restart: reconciliation finds what is missing.
-- Whatever does not arrive is counted, in `dropped`, or in `withheld` where a filter kept it back on purpose.
+- Whatever does not arrive is counted, in `dropped`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import structlog
 
 from render_platform.clock import US_PER_SECOND, Clock
 from render_platform.errors import Unavailable
+from render_platform.events import event_ids
 
 CHUNK_ROWS = 10_000
 
@@ -79,17 +80,12 @@ def batch_token(table: pa.Table) -> str:
 
     Send the rows ordered by event_id, so that the name stands for one order as well.
     """
-    return hashlib.sha256(b"".join(sorted(_ids(table).to_pylist()))).hexdigest()
+    return hashlib.sha256(b"".join(sorted(event_ids(table).to_pylist()))).hexdigest()
 
 
 def _chunks(table: pa.Table) -> Iterator[pa.Table]:
     """The rows by event_id, at most CHUNK_ROWS at a time."""
-    order = pc.sort_indices(_ids(table).cast(pa.binary()))
+    order = pc.sort_indices(event_ids(table).cast(pa.binary()))
     ordered = table.take(order)
     for start in range(0, table.num_rows, CHUNK_ROWS):
         yield ordered.slice(start, CHUNK_ROWS)
-
-
-def _ids(table: pa.Table) -> pa.Array:
-    """The event ids as 16 bytes each."""
-    return table.column("event_id").combine_chunks().storage

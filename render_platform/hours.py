@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from render_platform.clock import HOUR_US, US_PER_SECOND, Clock, hour_of, iso
-from render_platform.database import Database, batches, checkpoints, lanes, log_entries, reports, usage_events
+from render_platform.database import (
+    UNPUBLISHED,
+    Database,
+    batches,
+    checkpoints,
+    lanes,
+    log_entries,
+    reports,
+    usage_events,
+)
 from render_platform.outbox import LIVE
 
 
@@ -57,21 +66,27 @@ class Hours:
     def wanting(self) -> list[int]:
         """Known hours without a report that is up to date, or whose report is not `reconciled`."""
         with self._database.read() as connection:
-            good = connection.execute(
-                sa.select(reports.c.hour_us).where(~reports.c.dirty, reports.c.status == "reconciled")
-            ).scalars()
-            settled = set(good)
+            good = sa.select(reports.c.hour_us).where(~reports.c.dirty, reports.c.status == "reconciled")
+            settled = set(connection.execute(good).scalars())
         return [hour for hour in self.known() if hour not in settled]
 
-    def unreconciled(self) -> list[tuple[str, str]]:
-        """Hours whose last report is not `reconciled`, or out of date: name and status."""
+    def due(self) -> list[int]:
+        """Known hours that are closed, and have no report or one that is out of date."""
         with self._database.read() as connection:
-            rows = connection.execute(
-                sa.select(reports)
-                .where(reports.c.dirty | (reports.c.status != "reconciled"))
-                .order_by(reports.c.hour_us)
-            ).all()
-        return [(iso(row.hour_us), "out of date" if row.dirty else row.status) for row in rows]
+            current = set(connection.execute(sa.select(reports.c.hour_us).where(~reports.c.dirty)).scalars())
+        return [h for h in self.known() if h not in current and self.closed_until(h) == h + HOUR_US]
+
+    def unreconciled(self) -> list[tuple[str, str]]:
+        """Hours of which all is not known to be well: name, and status or what their report lacks.
+
+        Hours that are not closed yet and were never reported are left out: nothing is known of them, good or bad.
+        """
+        with self._database.read() as connection:
+            found = {row.hour_us: row for row in connection.execute(sa.select(reports)).all()}
+        bad = {h: found[h].status for h in found if found[h].status != "reconciled"}
+        bad |= {h: "out of date" for h in found if found[h].dirty or self.closed_until(h) < h + HOUR_US}
+        bad |= {h: "not reported" for h in self.due() if h not in found}
+        return [(iso(hour), bad[hour]) for hour in sorted(bad)]
 
     def covered(self, at_us: int) -> bool:
         """Whether any lane records, or recorded, into the hour of `at_us`."""
@@ -133,7 +148,9 @@ def _covering(connection: sa.Connection, hour_us: int) -> list[Any]:
     return [
         lane
         for lane in connection.execute(sa.select(lanes)).all()
-        if lane.start_us <= hour_us and (lane.state == "open" or lane.frontier_us >= hour_us + HOUR_US)
+        if lane.start_us <= hour_us
+        and (lane.end_us is None or hour_us < lane.end_us)
+        and (lane.state == "open" or lane.frontier_us >= hour_us + HOUR_US)
     ]
 
 
@@ -145,7 +162,7 @@ def _oldest_waiting(connection: sa.Connection, hour_us: int) -> int | None:
     ).scalar()
     on_its_way = connection.execute(
         sa.select(batches.c.first_recorded_at).where(
-            batches.c.hour_us == hour_us, batches.c.type == "usage_batch", batches.c.state != "published"
+            batches.c.hour_us == hour_us, batches.c.type == "usage_batch", batches.c.state.in_(UNPUBLISHED)
         )
     ).scalars()
     times = [hour_us if first is None else int(first) for first in on_its_way]

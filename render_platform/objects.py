@@ -71,7 +71,7 @@ class FolderObjects:
         with _as_unavailable(self._root / path):
             try:
                 data: bytes = self._files.cat_file(str(self._root / path))
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise Missing(path) from None
             return data
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import sqlalchemy as sa
 
-from render_platform.clock import Ids, hour_of
-from render_platform.database import Database, batches, customers, lanes, usage_events
+from render_platform.clock import HOUR_US, Ids, hour_of
+from render_platform.database import UNPUBLISHED, Database, batches, customers, lanes, usage_events
 from render_platform.errors import RecordError, UsageError
-from render_platform.events import COLUMNS, UsageEvent, storage_row, table_from_rows
+from render_platform.events import COLUMNS, Totals, UsageEvent, storage_row, table_from_rows
 
 LIVE = "live"
 """The lane of what happens now; its clock is the machine's."""
@@ -32,11 +32,6 @@ class Backlog(NamedTuple):
     rows: int
     batches: int
     oldest_recorded_at: int | None
-
-
-class Totals(NamedTuple):
-    events: int
-    gpu_time_ns: int
 
 
 def customer_ref(salt: bytes, customer_id: str) -> str:
@@ -72,7 +67,7 @@ class Outbox:
         """
         if not events:
             return []
-        frontier = self._frontier(connection, lane, events)
+        frontier = self._frontier_of(connection, lane, min(event.recorded_at for event in events))
         stamped = []
         for event in events:
             frontier = max(frontier, event.recorded_at)
@@ -84,20 +79,24 @@ class Outbox:
         connection.execute(lanes.update().where(lanes.c.lane == lane).values(frontier_us=frontier))
         return stamped
 
-    def _frontier(self, connection: sa.Connection, lane: str, events: Sequence[UsageEvent]) -> int:
+    def open_lane(self, connection: sa.Connection, lane: str, start_us: int, end_us: int | None = None) -> int:
+        """Begin a lane with the hour of `start_us`; `end_us`, where it is known, is the end of its last hour."""
+        connection.execute(
+            lanes.insert().values(
+                lane=lane,
+                state="open",
+                start_us=hour_of(start_us),
+                end_us=end_us,
+                frontier_us=start_us,
+                next_watermark_us=hour_of(start_us),
+            )
+        )
+        return start_us
+
+    def _frontier_of(self, connection: sa.Connection, lane: str, start_us: int) -> int:
         row = connection.execute(sa.select(lanes).where(lanes.c.lane == lane)).one_or_none()
         if row is None:
-            start = min(event.recorded_at for event in events)
-            connection.execute(
-                lanes.insert().values(
-                    lane=lane,
-                    state="open",
-                    start_us=hour_of(start),
-                    frontier_us=start,
-                    next_watermark_us=hour_of(start),
-                )
-            )
-            return start
+            return self.open_lane(connection, lane, start_us)
         if row.state != "open":
             raise UsageError(f"the lane {lane} is finished", "record into a lane that is open")
         return int(row.frontier_us)
@@ -114,6 +113,13 @@ class Outbox:
             .values(state="finished", frontier_us=sa.func.max(lanes.c.frontier_us, until_us))
         )
 
+    def hour_is_due(self, now_us: int) -> bool:
+        """Whether an hour of the live lane is over and not declared yet: an idle platform's hours close too."""
+        query = sa.select(lanes.c.next_watermark_us).where(lanes.c.lane == LIVE, lanes.c.state == "open")
+        with self._database.read() as connection:
+            watermark = connection.execute(query).scalar()
+        return watermark is not None and int(watermark) + HOUR_US <= now_us
+
     def backlog(self) -> Backlog:
         with self._database.read() as connection:
             rows, oldest = connection.execute(
@@ -123,7 +129,7 @@ class Outbox:
             ).one()
             waiting = connection.execute(
                 sa.select(sa.func.count(), sa.func.min(batches.c.first_recorded_at)).where(
-                    batches.c.state != "published"
+                    batches.c.state.in_(UNPUBLISHED)
                 )
             ).one()
         ages = [age for age in (oldest, waiting[1]) if age is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,19 @@ import duckdb
 import pyarrow as pa
 import sqlalchemy as sa
 
-from render_platform.audit_log import AuditLog, BatchLogger, create_head
+from render_platform.audit_log import AuditLog, BatchLogger, Mark, create_head
 from render_platform.batches import decode
-from render_platform.cas import Cas, digest_of
+from render_platform.canonical import digest_of
+from render_platform.cas import Cas
 from render_platform.clickhouse import ClickHouse, open_clickhouse
-from render_platform.clock import WINDOW_US, Clock, Ids, SystemClock, SystemIds, iso
+from render_platform.clock import DAY_US, WINDOW_US, Clock, Ids, SystemClock, SystemIds, iso
 from render_platform.config import Settings
 from render_platform.database import batches, checkpoints, open_sqlite
 from render_platform.delivery import Delivery
-from render_platform.entries import FIRST_PREVIOUS, AuditEntry
+from render_platform.entries import END_OF_TIME_US, FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, Unavailable, UsageError
 from render_platform.events import Key, merkle_root
+from render_platform.evidence import Evidence, Progress, Verification
 from render_platform.hours import Hours, entries_of_hour, mark_dirty, mark_reported, mark_unchanged
 from render_platform.note import Checkpoint, FileSigner, load_or_create_key
 from render_platform.objects import FolderObjects
@@ -43,8 +45,8 @@ from render_platform.reconciliation import (
 )
 from render_platform.repair import Repairs
 from render_platform.sealing import Sealer
-from render_platform.slow_path import HourOfBatches, SlowPath, of_keys, run_query
-from render_platform.verification import END_OF_TIME_US, Evidence, Progress, Verification, verify
+from render_platform.slow_path import SlowPath, of_keys, run_query
+from render_platform.verification import verify
 
 DuckDB = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
 
@@ -66,10 +68,8 @@ class RepairOutcome:
     after: HourReport
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    figures: list[KeyFigures]
-    diffs: dict[Key, RowDiff]
+Reading = tuple[list[KeyFigures], dict[Key, RowDiff]]
+"""What both sides say of each key, and the rows that differ."""
 
 
 class Platform:
@@ -78,7 +78,7 @@ class Platform:
         self.clock = clock
         self.ids = ids
         self._duckdb_connect = duckdb_connect
-        settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_state_folder(settings.state_dir)
         self.database = open_sqlite(settings.database_path)
         begun = create_head(self.database) > 0
         self.log_signer = _key(settings.keys_dir / "checkpoint.key", _origin(ids), begun)
@@ -127,10 +127,6 @@ class Platform:
         indexes = BatchLogger(self.database, self.log).log_stored(mark_dirty)
         return LogState(len(indexes), self.log.publish())
 
-    def check_log_tail(self) -> int:
-        """The newest entries and the checkpoint; see AuditLog.check_tail."""
-        return self.log.check_tail()
-
     def flush(self) -> LogState:
         self.seal()
         self.store()
@@ -140,45 +136,58 @@ class Platform:
 
     def reconcile(self, hour_us: int) -> HourReport:
         """The verdict on one hour. Logged where it is final and says something new; harmless to repeat."""
-        closed = self.hours.closed_until(hour_us)
-        last = self.hours.last_report(hour_us)
-        revision = last.revision if last else 1
-        threshold = self.settings.threshold_ppm
-        try:
-            found = self.slow.hour(hour_us)
-            reading = self._read(hour_us, closed, found)
-        except (Unavailable, Finding) as error:
-            return unavailable_report(hour_us, revision, threshold, closed, str(error))
-        build = (threshold, found.digests, closed, reading.figures, reading.diffs)
-        report = build_report(hour_us, revision, *build)
+        report, entries = self._judge(hour_us)
         if not report.final:
             return report
+        last = self.hours.last_report(hour_us)
         if last is not None:
             if last.digest == digest_of(report.to_bytes()):
                 with self.database.write() as connection:
-                    mark_unchanged(connection, hour_us, len(found.entries))
+                    mark_unchanged(connection, hour_us, len(entries))
                 return report
-            report = build_report(hour_us, last.revision + 1, *build)
-        self._log_report(report, found)
+            report = replace(report, revision=last.revision + 1)
+        if not self._log_report(report, entries):
+            return self.reconcile(hour_us)  # another process reported the hour meanwhile, and it saw something else
         return report
 
     def repair(self, hour_us: int) -> RepairOutcome:
-        """Insert the hour's missing rows into ClickHouse, log it, and reconcile again.
+        """Insert the hour's missing rows into ClickHouse, mend its rollup, log it, and reconcile again.
 
         Raises Unavailable where a side cannot be read. Rows that are duplicated, altered or unexpected stay, and the
         report after the repair still says so.
         """
-        before = self.reconcile(hour_us)
-        if before.status == "unavailable":
-            raise Unavailable(f"{iso(hour_us)} cannot be repaired: {before.error}", "make both sides readable first")
-        plan = self.repairs.plan(hour_us, before.missing)
+        before = _readable(self.reconcile(hour_us))
+        plan = self.repairs.plan(hour_us, before.missing, rollup=not before.rollup_equal)
         if plan is None:
             return RepairOutcome(0, before, before)
+        now = _readable(self._judge(hour_us)[0])  # after the plan is committed: what another repair inserted is seen
         rows = self.slow.rows_by_id(self.slow.hour(hour_us), plan.event_ids)
-        self.repairs.insert(plan, rows, self.clickhouse)
-        draft = self.repairs.record(plan, rows, self.cas.put)
+        inserted = self.repairs.insert(plan, rows, self.clickhouse, now.missing)
+        if not now.rollup_equal:
+            self.clickhouse.rebuild_rollup(hour_us, self._closed_end(hour_us))
+        elif not inserted.num_rows and not plan.resumed:
+            self.repairs.abandon(plan)
+            return RepairOutcome(0, before, now)
+        left = _readable(self._judge(hour_us)[0]).missing
+        if refused := set(plan.event_texts) & set(left):
+            self.repairs.abandon(plan)
+            raise Unavailable(
+                f"ClickHouse did not keep {len(refused)} of the rows of repair {plan.repair_id}",
+                "run the repair again: it takes a new id, and with it new tokens",
+            )
+        draft = self.repairs.record(plan, rows if plan.resumed else inserted, not now.rollup_equal, self.cas.put)
         self._append(draft, lambda connection, _index: self.repairs.mark_logged(connection, plan))
-        return RepairOutcome(rows.num_rows, before, self.reconcile(hour_us))
+        return RepairOutcome(inserted.num_rows, before, self.reconcile(hour_us))
+
+    def _expired(self, hour_us: int) -> str:
+        """Why ClickHouse no longer holds the hour; empty where it does."""
+        days = self.settings.retention_days
+        gone = days > 0 and hour_us < self.clock.now_us() - days * DAY_US
+        return f"expired: ClickHouse keeps {days} days" if gone else ""
+
+    def _closed_end(self, hour_us: int) -> int:
+        closed = self.hours.closed_until(hour_us)
+        return closed - closed % WINDOW_US
 
     # Reading evidence.
 
@@ -229,10 +238,25 @@ class Platform:
         with self.database.read() as connection:
             return entries_of_hour(connection, hour_us, "usage_batch")
 
-    def _read(self, hour_us: int, closed: int, found: HourOfBatches) -> _Reading:
+    def _judge(self, hour_us: int) -> tuple[HourReport, list[AuditEntry]]:
+        """The report as it would be logged if nothing had changed since the last, and the batches that it is of."""
+        closed = self.hours.closed_until(hour_us)
+        last = self.hours.last_report(hour_us)
+        revision, threshold = last.revision if last else 1, self.settings.threshold_ppm
+        if expired := self._expired(hour_us):
+            return unavailable_report(hour_us, revision, threshold, closed, expired), []
+        try:
+            entries = self.slow.hour(hour_us)
+            figures, diffs = self._read(hour_us, closed, entries)
+        except (Unavailable, Finding) as error:
+            return unavailable_report(hour_us, revision, threshold, closed, str(error)), []
+        digests = [str(entry.subject_digest) for entry in entries]
+        return build_report(hour_us, revision, threshold, digests, closed, figures, diffs), entries
+
+    def _read(self, hour_us: int, closed: int, found: list[AuditEntry]) -> Reading:
         """Both sides, as far as the hour is closed."""
         if closed < hour_us + WINDOW_US:
-            return _Reading([], {})
+            return [], {}
         end = closed - closed % WINDOW_US
         with self._duckdb_connect() as connection:
             slow = self.slow.window_aggregates(found, connection)
@@ -244,14 +268,15 @@ class Platform:
         ]
         differing = [one.key for one in figures if not one.rows_equal]
         if not differing:
-            return _Reading(figures, {})
+            return figures, {}
         fast_rows = self.clickhouse.rows(hour_us, end, sorted({key[1:] for key in differing}))
         diffs = diff_rows(self.slow.rows(found, differing), of_keys(fast_rows, differing))
         if any(key not in diffs for key in differing):
             raise Unavailable("the fast path changed while it was read", "reconcile the hour again")
-        return _Reading(figures, diffs)
+        return figures, diffs
 
-    def _log_report(self, report: HourReport, found: HourOfBatches) -> None:
+    def _log_report(self, report: HourReport, found: list[AuditEntry]) -> bool:
+        """False where another report of this revision is logged."""
         data = report.to_bytes()
         digest = self.cas.put(data)
         draft = AuditEntry(
@@ -266,11 +291,13 @@ class Platform:
         )
 
         def mark(connection: sa.Connection, _index: int) -> None:
-            mark_reported(connection, report.hour_us, report.revision, digest, report.status, len(found.entries))
+            mark_reported(connection, report.hour_us, report.revision, digest, report.status, len(found))
 
         self._append(draft, mark)
+        last = self.hours.last_report(report.hour_us)
+        return last is not None and last.digest == digest
 
-    def _append(self, draft: AuditEntry, mark: Any) -> None:
+    def _append(self, draft: AuditEntry, mark: Mark) -> None:
         self.log.publish()
         self.log.append(draft, mark)
         self.log.publish()
@@ -295,6 +322,20 @@ def open_platform(
         yield platform
     finally:
         platform.close()
+
+
+def _readable(report: HourReport) -> HourReport:
+    if report.status == "unavailable":
+        raise Unavailable(f"{iso(report.hour_us)} cannot be repaired: {report.error}", "make both sides readable first")
+    return report
+
+
+def _make_state_folder(folder: Path) -> None:
+    """Its owner's alone: the database holds customers' ids and salts."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be a state folder: {error.strerror}", "give --state a folder") from error
 
 
 def _key(path: Path, name: str, begun: bool) -> FileSigner:

@@ -31,8 +31,8 @@ _COMPARE = """
     SELECT "window", customer_ref, model_name,
            coalesce(s.events, 0) AS events, coalesce(s.gpu_time_ns, 0) AS gpu_time_ns,
            coalesce(f.events, 0) AS fast_events, coalesce(f.gpu_time_ns, 0) AS fast_gpu_time_ns,
-           (s.events, s.gpu_time_ns, s.id_sum, s.bound_sum)
-             IS NOT DISTINCT FROM (f.events, f.gpu_time_ns, f.id_sum, f.bound_sum) AS rows_equal,
+           (s.events, s.gpu_time_ns, s.id_sum, s.id_high_sum, s.bound_sum)
+             IS NOT DISTINCT FROM (f.events, f.gpu_time_ns, f.id_sum, f.id_high_sum, f.bound_sum) AS rows_equal,
            (f.events, f.gpu_time_ns) IS NOT DISTINCT FROM (r.events, r.gpu_time_ns) AS rollup_equal
     FROM slow AS s
     FULL JOIN fast AS f USING ("window", customer_ref, model_name)
@@ -128,6 +128,10 @@ class HourReport:
         return sum(len(getattr(verdict.diff, cause)) for verdict in self.findings)
 
     @property
+    def rollup_equal(self) -> bool:
+        return all(verdict.figures.rollup_equal for verdict in self.findings)
+
+    @property
     def missing(self) -> tuple[str, ...]:
         return tuple(sorted(event_id for verdict in self.findings for event_id in verdict.diff.missing))
 
@@ -189,7 +193,8 @@ def _causes(slow: list[KeyedRow], fast: list[KeyedRow]) -> list[tuple[str, Key]]
         return [("missing", key)]
     causes = [("duplicated", key)] if len(fast) > 1 else []
     causes += [("altered", key)] if any(data != row for _, data in fast) else []
-    # A row that was moved to another customer, model or window is missing where it belongs, unexpected where it is.
+    # A row that was moved to another key is altered where it belongs and unexpected where it is; never missing, or a
+    # repair would insert it a second time.
     causes += [("unexpected", other) for other in dict.fromkeys(other for other, _ in fast) if other != key]
     return causes
 

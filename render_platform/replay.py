@@ -48,8 +48,8 @@ class Replay:
         self._clock = clock
         self._ids = ids
 
-    def open_run(self, trace: Trace) -> Run:
-        """The unfinished run of this very trace, or a new one."""
+    def open_run(self, trace: Trace, start_us: int, end_us: int) -> Run:
+        """The unfinished run of this very trace, or a new one, whose lane has the hours of [start, end)."""
         with self._database.write() as connection:
             row = connection.execute(
                 sa.select(runs).where(runs.c.trace_digest == trace.digest, runs.c.state != "finished")
@@ -62,13 +62,20 @@ class Replay:
                 runs.insert().values(
                     run_id=run_id,
                     trace_digest=trace.digest,
+                    trace_path=trace.path,
                     lane=lane,
                     next_row=0,
                     state="replaying",
-                    started_us=self._clock.now_us(),
                 )
             )
+            self._outbox.open_lane(connection, lane, start_us, end_us)
         return Run(run_id, lane, 0, "replaying", resumed=False)
+
+    def unfinished(self) -> list[str]:
+        """The traces of runs that were stopped: until they are run again, hours that they reach into stay pending."""
+        with self._database.read() as connection:
+            query = sa.select(runs.c.trace_path).where(runs.c.state == "replaying").order_by(runs.c.run_id)
+            return [str(path) for path in connection.execute(query).scalars()]
 
     def advance(self, run: Run, at: int, trace: Trace, jobs: Sequence[SimulatedRun]) -> pa.Table:
         """Record the run's jobs from row `at` of its schedule on, and give their rows as committed.
@@ -87,23 +94,16 @@ class Replay:
             recorded = self._outbox.record(connection, run.lane, events)
         return table_from_events(recorded)
 
-    def close_lane(self, run: Run, deadline_s: int) -> int:
+    def close_lane(self, run: Run, deadline_s: int) -> None:
         """The trace is at its end: move its clock past the last window and the fast path's deadline."""
         with self._database.write() as connection:
             frontier = self._outbox.frontier(connection, run.lane)
-            until = hour_of(frontier) + HOUR_US + deadline_s * US_PER_SECOND
-            if run.state == "replaying":
-                self._outbox.finish_lane(connection, run.lane, until)
-                self._set_state(connection, run, "replayed")
-        return frontier
+            self._outbox.finish_lane(connection, run.lane, hour_of(frontier) + HOUR_US + deadline_s * US_PER_SECOND)
+            self._set_state(connection, run, "replayed")
 
     def finish(self, run: Run) -> None:
         with self._database.write() as connection:
             self._set_state(connection, run, "finished")
-
-    def run_count(self) -> int:
-        with self._database.read() as connection:
-            return int(connection.execute(sa.select(sa.func.count()).select_from(runs)).scalar_one())
 
     @staticmethod
     def _set_state(connection: sa.Connection, run: Run, state: str) -> None:

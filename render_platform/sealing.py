@@ -141,7 +141,7 @@ class Sealer:
     def _declare_hours(self, connection: sa.Connection, lane: str) -> None:
         """A watermark for each hour that no further row of the lane can fall into: with its totals, empty or not."""
         until = complete_until(connection, lane)
-        hour = int(connection.execute(sa.select(lanes.c.next_watermark_us).filter_by(lane=lane)).scalar_one())
+        begin = hour = int(connection.execute(sa.select(lanes.c.next_watermark_us).filter_by(lane=lane)).scalar_one())
         while hour + HOUR_US <= until:
             rows = connection.execute(
                 sa.select(batches.c.records, batches.c.gpu_time_ns).filter_by(
@@ -161,7 +161,8 @@ class Sealer:
                 )
             )
             hour += HOUR_US
-        connection.execute(lanes.update().where(lanes.c.lane == lane).values(next_watermark_us=hour))
+        if hour != begin:
+            connection.execute(lanes.update().where(lanes.c.lane == lane).values(next_watermark_us=hour))
 
 
 def _oldest_unsealed(connection: sa.Connection, lane: str) -> int | None:

@@ -33,6 +33,11 @@ def entries_path(index: int, width: int = TILE_WIDTH) -> str:
     return f"tile/entries/{_name(index, width)}"
 
 
+def path_of(tile: Tile) -> str:
+    level, index, width = tile
+    return entries_path(index, width) if level is None else tile_path(level, index, width)
+
+
 def parse_path(path: str) -> Tile | None:
     """The tile that `path` names; None for anything that tile_path and entries_path would not give."""
     match = _PATH.fullmatch(path)
@@ -42,8 +47,8 @@ def parse_path(path: str) -> Tile | None:
     level = None if match[1] == "entries" else int(match[1])
     if width > TILE_WIDTH or index > MAX_INDEX or (level or 0) > MAX_LEVEL:
         return None
-    again = entries_path(index, width) if level is None else tile_path(level, index, width)
-    return (level, index, width) if again == path else None
+    tile = level, index, width
+    return tile if path_of(tile) == path else None
 
 
 def encode_bundle(entries: Sequence[bytes]) -> bytes:

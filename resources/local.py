@@ -28,7 +28,7 @@ LOCAL_TAG = "render_platform/local"
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
-def prepare_home(settings: Settings) -> Path:
+def _prepare_home(settings: Settings) -> Path:
     """The DAGSTER_HOME of a state folder, with its dagster.yaml; a file that stands already is left as it is."""
     home = settings.dagster_home
     home.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ class LocalDagster:
 
     def __init__(self, settings: Settings) -> None:
         os.environ["RENDER_PLATFORM_STATE_DIR"] = str(settings.state_dir)
-        home = prepare_home(settings)
+        home = _prepare_home(settings)
         self._lock = (home / "local.lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,9 +55,6 @@ class LocalDagster:
             raise Unavailable(f"another process works in {settings.state_dir}", "let it finish, or end it") from None
         self._instance = dg.DagsterInstance.from_config(str(home))
         self._end_orphans()
-        from definitions import defs  # here: an instance can be prepared without the code location
-
-        self._defs = defs
 
     def _end_orphans(self) -> None:
         """Runs of a process that was killed would stay in progress, and keep their pool's slot, for ever."""
@@ -96,7 +93,9 @@ class LocalDagster:
             self._run(job, tags)
 
     def _run(self, job: str, tags: dict[str, str]) -> None:
-        result = self._defs.resolve_job_def(job).execute_in_process(
+        from definitions import defs  # here: `up` ends orphans without loading the code location
+
+        result = defs.resolve_job_def(job).execute_in_process(
             instance=self._instance, tags={**tags, LOCAL_TAG: "yes"}, run_config=_QUIET, raise_on_error=False
         )
         if not result.success:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from render_platform.cas import Cas, digest_at, digest_of, path_of
+from render_platform.canonical import digest_of
+from render_platform.cas import Cas, digest_at, path_of
 from render_platform.errors import DigestMismatch, Missing, PlatformError, Unavailable, UsageError
 from render_platform.objects import FolderObjects
 
@@ -57,7 +58,6 @@ def test_other_bytes_are_refused_then_quarantined_and_replaced(tmp_path: Path, d
     assert cas.get(digest) == b"data"
     assert [path.read_bytes() for path in (tmp_path / "quarantine").iterdir()] == [damage]
     assert list(cas.digests()) == [digest]
-    assert list(cas.strangers()) == []
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -69,16 +69,6 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert cas.find_missing([]) == []
     assert cas.find_missing([absent, *stored]) == [absent]
     assert sorted(cas.digests()) == sorted(stored)
-
-
-def test_strangers_are_named(tmp_path: Path) -> None:
-    cas = Cas(FolderObjects(tmp_path))
-    digest = cas.put(b"data")
-    for name in ("README", "sha256/zz/x", f"sha256/{digest}"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    assert list(cas.strangers()) == sorted(["README", "sha256/zz/x", f"sha256/{digest}"])
-    assert list(cas.digests()) == [digest]
 
 
 class LyingObjects:

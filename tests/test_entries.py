@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from render_platform.canonical import digest_of
 from render_platform.clock import HOUR_US
-from render_platform.entries import FIELDS, FIRST_PREVIOUS, MAX_BYTES, AuditEntry, digest_of_entry, parse
+from render_platform.entries import FIELDS, FIRST_PREVIOUS, AuditEntry, parse
 from render_platform.errors import Finding, RecordError
+from render_platform.tiles import MAX_ENTRY_BYTES
 from tests.factories import START_US
 from tests.platforms import scalar_json
 
@@ -59,7 +61,7 @@ def test_an_entry_is_read_back_as_it_was_written(
 ) -> None:
     entry = replace(BATCH, records=records, gpu_time_ns=gpu_time_ns, batch_id=batch_id, recorded_hour=hour)
     assert parse(entry.to_bytes()) == entry
-    assert digest_of_entry(entry.to_bytes()) == hashlib.sha256(entry.to_bytes()).hexdigest()
+    assert digest_of(entry.to_bytes()) == hashlib.sha256(entry.to_bytes()).hexdigest()
 
 
 def test_the_blobs_are_what_the_entry_binds() -> None:
@@ -90,8 +92,8 @@ def test_an_invalid_field_is_refused_by_name(field: str, value: Any) -> None:
 
 
 def test_an_entry_holds_digests_and_never_payloads() -> None:
-    room = MAX_BYTES - len(replace(BATCH, batch_id="").to_bytes())
-    assert len(replace(BATCH, batch_id="x" * room).to_bytes()) == MAX_BYTES
+    room = MAX_ENTRY_BYTES - len(replace(BATCH, batch_id="").to_bytes())
+    assert len(replace(BATCH, batch_id="x" * room).to_bytes()) == MAX_ENTRY_BYTES
     with pytest.raises(Finding, match="65536 bytes"):
         replace(BATCH, batch_id="x" * (room + 1)).to_bytes()
 

@@ -49,7 +49,7 @@ def test_rows_arrive_in_clickhouse_once() -> None:
         assert path.publish(table) == 300
         assert path.publish(table.take(list(reversed(range(300))))) == 300
         assert clickhouse.rows(START_US, START_US + HOUR_US).equals(table)
-    assert (path.delivered, path.dropped, path.withheld, path.last_error) == (600, 0, 0, "")
+    assert (path.delivered, path.dropped, path.last_error) == (600, 0, "")
 
 
 def test_clickhouse_down_drops_and_counts_and_warns_once() -> None:
@@ -97,14 +97,6 @@ def test_the_token_names_a_set_of_rows() -> None:
     assert batch_token(table) == batch_token(table.take(list(reversed(range(20)))))
     assert batch_token(table) != batch_token(table.slice(1))
     assert CHUNK_ROWS <= 10_000
-
-
-def test_a_filter_withholds_rows_on_purpose() -> None:
-    sink = Sink()
-    path = FastPath(sink, CLOCK, let_through=lambda table: table.slice(3))
-    with capture_logs() as logs:
-        assert path.publish(factories.make_table(10)) == 7
-    assert (path.delivered, path.dropped, path.withheld, logs) == (7, 0, 3, [])
 
 
 def test_nothing_to_publish_is_no_insert() -> None:

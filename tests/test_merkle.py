@@ -242,9 +242,7 @@ def test_a_damaged_consistency_proof_is_refused(one: int, two: int) -> None:
 def test_a_rewritten_history_has_no_proof(changed: int) -> None:
     rewritten = [*MANY[:changed], merkle.leaf_hash(b"rewritten"), *MANY[changed + 1 : 9]]
     with pytest.raises(Finding, match="forked"):
-        merkle.verify_consistency(
-            5, oracle(MANY[:5]), 9, oracle(rewritten), merkle.consistency_proof(5, rewritten)
-        )
+        merkle.verify_consistency(5, oracle(MANY[:5]), 9, oracle(rewritten), merkle.consistency_proof(5, rewritten))
 
 
 @pytest.mark.parametrize(("index", "size"), [(0, 0), (-1, 3), (3, 3), (4, 3)])

@@ -102,9 +102,7 @@ def test_names_that_no_key_may_have(name: str) -> None:
         signer(name)
 
 
-@given(
-    st.text(alphabet=st.characters(min_codepoint=32, exclude_categories=["Cs"])).map(lambda text: text + "\n")
-)
+@given(st.text(alphabet=st.characters(min_codepoint=32, exclude_categories=["Cs"])).map(lambda text: text + "\n"))
 def test_notes_come_back(text: str) -> None:
     one, two = signer(), signer("example.com/witness", bytes(32))
     signed = note.sign_note(text, [one, two])

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from render_platform.clock import HOUR_US
 from render_platform.database import metadata
 from render_platform.errors import RecordError, UsageError
-from render_platform.events import MAX_GPU_TIME_NS, UsageEvent
-from render_platform.outbox import Totals, customer_ref, rows_of_batch
+from render_platform.events import MAX_GPU_TIME_NS, Totals, UsageEvent
+from render_platform.outbox import customer_ref, rows_of_batch
 from render_platform.pipeline import Platform
 from tests.factories import START_US, make_events
 from tests.platforms import LIVE, connect, make_platform, record, record_random

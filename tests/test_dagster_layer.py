@@ -1,0 +1,698 @@
+"""The code location: what it declares, and its jobs, checks, sensor and schedule on real instances and real states."""
+
+from __future__ import annotations
+
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+from dagster_duckdb import DuckDBResource
+
+from assets import ASSETS
+from assets.fast_path import duplicates
+from assets.jobs import HOURS, hour_key
+from definitions import defs
+from render_platform.clock import DAY_US, HOUR_US, US_PER_SECOND, SystemClock
+from render_platform.database import log_entries
+from render_platform.errors import Unavailable, UsageError
+from render_platform.events import UsageEvent, table_from_events
+from render_platform.pipeline import Platform
+from resources.local import LocalDagster
+from resources.platform import PlatformResource
+from sensors.outbox import outbox_backlog
+from sensors.schedules import reconciliation_every_five_minutes
+from tests.commands import CHECKOUT, clean_environment, own_clickhouse, restored_process
+from tests.factories import START_US, make_event
+from tests.platforms import LIVE, make_platform, record
+
+NOWHERE = "http://127.0.0.1:9"
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+LANE = "trace/test"
+GROUPS = {"serving", "billing", "storage", "compliance", "fast_path", "operations"}
+LINEAGE = {
+    "gpu_jobs": set(),
+    "inference_events": {"gpu_jobs"},
+    "sealed_batches": {"gpu_jobs"},
+    "cas_batches": {"sealed_batches"},
+    "audit_log": {"cas_batches"},
+    "audit_verification": {"audit_log"},
+    "reconciliation": {"audit_log", "inference_events"},
+    "fast_path_repair": {"reconciliation"},
+}
+BLOCKING = {"digests", "conservation", "chain_and_signature"}
+OFFLINE = """
+import socket, sys
+def refuse(*_args, **_kwargs):
+    raise RuntimeError("the network was used while loading")
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+sys.path.insert(0, ".")
+import dagster as dg
+from definitions import defs
+dg.Definitions.validate_loadable(defs)
+print(len(defs.resolve_asset_graph().get_all_asset_keys()))
+"""
+
+
+# What is declared.
+
+
+def test_the_workspace_validates() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"],
+        cwd=CHECKOUT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "render_platform" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("environment", [{}, {"RENDER_PLATFORM_NONSENSE": "1", "RENDER_PLATFORM_BATCH_ROWS": "many"}])
+def test_loading_reads_no_environment_and_no_network(tmp_path: Path, environment: dict[str, str]) -> None:
+    before = sorted(path.name for path in CHECKOUT.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE],
+        cwd=CHECKOUT,
+        env={"HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= len(LINEAGE)
+    assert sorted(path.name for path in CHECKOUT.iterdir()) == before, "loading makes nothing"
+
+
+def specs() -> dict[str, dg.AssetSpec]:
+    found = [spec for asset in ASSETS for spec in ([asset] if isinstance(asset, dg.AssetSpec) else asset.specs)]
+    return {spec.key.to_user_string(): spec for spec in found}
+
+
+def test_each_asset_says_what_it_is() -> None:
+    for name, spec in specs().items():
+        assert len(spec.description or "") > 40, name
+        assert spec.group_name in GROUPS, name
+        assert spec.kinds, name
+        assert spec.owners, name
+        assert spec.owners[0].startswith("team:"), name
+
+
+def test_the_lineage_is_the_designed_one() -> None:
+    found = {name: {dep.asset_key.to_user_string() for dep in spec.deps} for name, spec in specs().items()}
+    assert {name: found.get(name) for name in LINEAGE} == LINEAGE
+    graph = defs.resolve_asset_graph()
+    assert {key.to_user_string() for key in graph.get_all_asset_keys()} == set(found)
+
+
+def test_partitions_and_backfills() -> None:
+    found = specs()
+    for name in ("sealed_batches", "cas_batches", "audit_log"):
+        assert found[name].partitions_def is None
+    for name in ("reconciliation", "fast_path_repair"):
+        assert isinstance(found[name].partitions_def, dg.HourlyPartitionsDefinition)
+    assert isinstance(found["audit_verification"].partitions_def, dg.DailyPartitionsDefinition)
+    now = datetime.now(UTC)
+    assert HOURS.has_partition_key(hour_key(SystemClock().now_us())), "the current hour can be materialized"
+    assert not HOURS.has_partition_key(f"{now + timedelta(hours=2):%Y-%m-%d-%H}:00")
+    assert HOURS.get_first_partition_key() == "2023-01-01-00:00"
+    graph = defs.resolve_asset_graph()
+    for name in ("reconciliation", "fast_path_repair", "audit_verification"):
+        policy = graph.get(dg.AssetKey(name)).backfill_policy
+        assert policy is not None
+        assert (policy.max_partitions_per_run or 0) >= 24, "a day is one run"
+
+
+def test_checks_that_stop_wrong_data_block() -> None:
+    graph = defs.resolve_asset_graph()
+    found = {key.name: graph.get_check_spec(key) for key in graph.asset_check_keys}
+    assert {*BLOCKING, "threshold", "duplicates"} <= set(found)
+    assert {name for name, spec in found.items() if spec.blocking} >= BLOCKING
+    assert all(spec.description for spec in found.values())
+
+
+def test_flush_is_one_job_in_one_process() -> None:
+    job = defs.resolve_job_def("flush")
+    assert {key.to_user_string() for key in job.asset_layer.selected_asset_keys} == {
+        *("sealed_batches", "cas_batches", "audit_log")
+    }
+    assert job.executor_def.name == dg.in_process_executor.name
+    assert int(job.tags["dagster/priority"]) > 0
+
+
+# A state folder, an instance over it, and jobs run on it.
+
+
+@dataclass
+class Location:
+    """A new platform state, and the Dagster instance that is kept inside it."""
+
+    state: Path
+    platform: Platform
+    dagster: LocalDagster
+    patch: pytest.MonkeyPatch
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        return self.dagster._instance
+
+    @property
+    def resource(self) -> PlatformResource:
+        return PlatformResource(state_dir=str(self.state), duckdb=DuckDBResource(database=":memory:"))
+
+    def run(self, job: str, partition: str | None = None) -> dg.ExecuteInProcessResult:
+        return defs.resolve_job_def(job).execute_in_process(
+            instance=self.instance, partition_key=partition, run_config=QUIET, raise_on_error=False
+        )
+
+    def materializations(self, name: str, run_id: str | None = None) -> list[dg.AssetMaterialization]:
+        found = self.instance.fetch_materializations(dg.AssetKey(name), limit=100).records
+        chosen = [record for record in found if run_id is None or record.run_id == run_id]
+        return [record.asset_materialization for record in chosen if record.asset_materialization]
+
+    def logged(self) -> int:
+        with self.platform.database.read() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(log_entries)).scalar_one())
+
+    def finish_lane(self, hours: int) -> None:
+        """The lane's clock moves past its hours and the fast path's deadline."""
+        with self.platform.database.write() as connection:
+            self.platform.outbox.finish_lane(connection, LANE, START_US + hours * HOUR_US + 60 * US_PER_SECOND)
+
+
+@contextmanager
+def open_location(state: Path) -> Iterator[Location]:
+    with restored_process(), pytest.MonkeyPatch.context() as patch:
+        for name, value in {**own_clickhouse(), "RENDER_PLATFORM_STATE_DIR": str(state)}.items():
+            patch.setenv(name, value)
+        options = {
+            name.removeprefix("RENDER_PLATFORM_").lower(): value
+            for name, value in os.environ.items()
+            if name.startswith("RENDER_PLATFORM_CLICKHOUSE")
+        }
+        platform = make_platform(state, SystemClock(), **options)
+        local = LocalDagster(platform.settings)
+        try:
+            yield Location(state, platform, local, patch)
+        finally:
+            local.close()
+            platform.close()
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> Iterator[Location]:
+    with open_location(tmp_path / "state") as opened:
+        yield opened
+
+
+def sound_events(rng: random.Random, count: int, start_us: int = START_US, span_us: int = HOUR_US) -> list[UsageEvent]:
+    """One after the other on one device, each billed for all of its time."""
+    step = span_us // (count + 1)
+    return [
+        make_event(
+            rng,
+            device_uuid="GPU-0",
+            gpu_count=1,
+            gpu_started_at=start_us + number * step,
+            event_time=start_us + number * step + 1_000,
+            recorded_at=start_us + number * step + 1_000,
+            gpu_time_ns=1_000_000,
+        )
+        for number in range(count)
+    ]
+
+
+def billed_twice(rng: random.Random) -> list[UsageEvent]:
+    """Two jobs at the same time on one device, each billed for the whole of it."""
+    times = {"gpu_started_at": START_US, "event_time": START_US + 1_000_000, "recorded_at": START_US + 1_000_000}
+    same: dict[str, Any] = {**times, "device_uuid": "GPU-0", "gpu_count": 1, "gpu_time_ns": 1_000_000_000}
+    return [make_event(rng, **same) for _ in range(2)]
+
+
+def checks_of(result: dg.ExecuteInProcessResult) -> dict[str, bool]:
+    return {found.check_name: found.passed for found in result.get_asset_check_evaluations()}
+
+
+def flip_blob(location: Location) -> Path:
+    digest = str(location.platform.stored_unlogged()[0]["blob_digest"])
+    path = location.state / "blobs" / "sha256" / digest[:2] / digest[2:]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def restore_blob(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def table_of(materialization: dg.AssetMaterialization, name: str) -> list[dict[str, Any]]:
+    """The rows of a metadata table."""
+    value = materialization.metadata[name]
+    assert isinstance(value, dg.TableMetadataValue)
+    return [dict(found.data) for found in value.records]
+
+
+# Flush, and the checks that keep wrong data out of the log.
+
+
+def test_flush_materializes_with_metadata(location: Location, rng: random.Random) -> None:
+    record(location.platform, LANE, sound_events(rng, 40))
+    result = location.run("flush")
+    assert result.success
+    assert checks_of(result) == dict.fromkeys(BLOCKING, True)
+    (sealed,), (stored,), (logged,) = map(location.materializations, ("sealed_batches", "cas_batches", "audit_log"))
+    assert sealed.metadata["batches sealed"].value == 1
+    assert sealed.metadata["events still unsealed"].value == 0
+    assert stored.metadata["dagster/row_count"].value == 40
+    (batch,) = table_of(stored, "batches")
+    assert (batch["records"], batch["gpu_time_ns"]) == (40, str(40 * 1_000_000))
+    assert logged.metadata["entries added"].value == logged.metadata["tree size"].value == location.logged() == 1
+    assert "render-platform" in str(logged.metadata["checkpoint"].value)
+    run = location.instance.get_run_by_id(result.run_id)
+    assert run is not None
+    assert (run.job_name, run.status) == ("flush", dg.DagsterRunStatus.SUCCESS)
+    again = location.run("flush")
+    assert again.success
+    assert location.logged() == 1, "a flush with nothing to do adds nothing"
+
+
+def test_a_device_billed_for_more_than_its_time_stays_out_of_the_log(location: Location, rng: random.Random) -> None:
+    record(location.platform, LANE, billed_twice(rng))
+    result = location.run("flush")
+    assert not result.success
+    assert checks_of(result) == {"digests": True, "conservation": False}
+    (failed,) = [found for found in result.get_asset_check_evaluations() if not found.passed]
+    assert "GPU-0 was billed 2000000000 ns and was busy for 1000000000 ns" in (failed.description or "")
+    assert location.materializations("audit_log") == []
+    assert location.logged() == 0
+    assert not (location.state / "log" / "checkpoint").exists()
+    assert [batch["records"] for batch in location.platform.stored_unlogged()] == [2], "kept, and not billed"
+
+
+def test_two_jobs_that_share_a_device_s_time_pass(location: Location, rng: random.Random) -> None:
+    halves = [{"gpu_time_ns": 500_000_000}, {"gpu_time_ns": 500_000_000}]
+    times = {"gpu_started_at": START_US, "event_time": START_US + 1_000_000, "recorded_at": START_US + 1_000_000}
+    record(
+        location.platform, LANE, [make_event(rng, **times, device_uuid="GPU-0", gpu_count=1, **half) for half in halves]
+    )
+    assert location.run("flush").success
+    assert location.logged() == 1
+
+
+def test_an_object_that_is_not_what_was_stored_stays_out_of_the_log(location: Location, rng: random.Random) -> None:
+    record(location.platform, LANE, sound_events(rng, 5))
+    location.platform.seal()
+    location.platform.store()
+    path = flip_blob(location)
+    result = location.run("flush")
+    assert not result.success
+    assert checks_of(result)["digests"] is False
+    said = [found.description or "" for found in result.get_asset_check_evaluations() if found.check_name == "digests"]
+    assert path.name in said[0]
+    assert location.materializations("audit_log") == []
+    assert location.logged() == 0
+
+    restore_blob(path)
+    assert location.run("flush").success
+    assert location.logged() == 1
+
+
+def test_a_tail_that_was_changed_fails_the_chain_s_check(location: Location, rng: random.Random) -> None:
+    record(location.platform, LANE, sound_events(rng, 5))
+    assert location.run("flush").success
+    with location.platform.database.write() as connection:
+        connection.execute(sa.update(log_entries).values(entry=b"{}"))
+    result = location.run("flush")
+    assert not result.success
+    assert checks_of(result) == {**dict.fromkeys(BLOCKING, True), "chain_and_signature": False}
+
+
+# The backlog's sensor.
+
+
+def tick(location: Location) -> dg.RunRequest | dg.SkipReason:
+    resources = {"platform": location.resource}
+    with dg.build_sensor_context(instance=location.instance, resources=resources) as context:
+        result = outbox_backlog(context)
+    assert isinstance(result, dg.RunRequest | dg.SkipReason)
+    return result
+
+
+def skipped(result: dg.RunRequest | dg.SkipReason) -> str:
+    assert isinstance(result, dg.SkipReason), result
+    return str(result.skip_message)
+
+
+def requested(result: dg.RunRequest | dg.SkipReason) -> dg.RunRequest:
+    assert isinstance(result, dg.RunRequest), result
+    return result
+
+
+def record_live(location: Location, rng: random.Random, count: int, age_s: int = 0) -> None:
+    span_us = (count + 1) * 2_000
+    start_us = SystemClock().now_us() - age_s * US_PER_SECOND - span_us
+    record(location.platform, LIVE, sound_events(rng, count, start_us, span_us))
+
+
+def test_the_sensor_skips_where_there_is_no_state(tmp_path: Path) -> None:
+    resource = PlatformResource(state_dir=str(tmp_path / "none"), duckdb=DuckDBResource(database=":memory:"))
+    with dg.build_sensor_context(resources={"platform": resource}) as context:
+        result = outbox_backlog(context)
+    assert isinstance(result, dg.SkipReason)
+    assert "no platform state" in str(result.skip_message)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_sensor_waits_for_rows_or_age(location: Location, rng: random.Random) -> None:
+    assert "empty" in skipped(tick(location))
+    record_live(location, rng, 3)
+    assert "3 events wait" in skipped(tick(location))
+    location.patch.setenv("RENDER_PLATFORM_BACKLOG_ROWS", "3")
+    request = requested(tick(location))
+    assert request.run_key is None, "a key of the high-water mark would never fire again after a failure"
+    assert request.tags["render_platform/backlog_rows"] == "3"
+    assert location.run("flush").success
+    assert "empty" in skipped(tick(location))
+
+
+def test_the_sensor_fires_on_age(location: Location, rng: random.Random) -> None:
+    record_live(location, rng, 1, age_s=15)
+    assert "the oldest for 1" in skipped(tick(location))
+    location.patch.setenv("RENDER_PLATFORM_BACKLOG_AGE_S", "15")
+    requested(tick(location))
+
+
+def test_the_sensor_fires_for_a_batch_that_was_sealed_and_goes_no_further(
+    location: Location, rng: random.Random
+) -> None:
+    record_live(location, rng, 2, age_s=60)
+    location.platform.seal()
+    requested(tick(location))
+    location.platform.store()
+    requested(tick(location))
+    location.platform.log_batches()
+    assert "empty" in skipped(tick(location))
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED])
+def test_the_sensor_skips_during_a_flush_and_fires_again_after_a_failure(
+    location: Location, rng: random.Random, status: dg.DagsterRunStatus
+) -> None:
+    record_live(location, rng, 2, age_s=60)
+    job = defs.resolve_job_def("flush")
+    run = location.instance.create_run_for_job(job, status=status)
+    assert "in progress" in skipped(tick(location))
+    location.instance.report_run_failed(run)
+    requested(tick(location))
+    done = location.instance.create_run_for_job(defs.resolve_job_def("reconcile"), status=dg.DagsterRunStatus.STARTED)
+    requested(tick(location))
+    location.instance.report_run_failed(done)
+
+
+def test_a_flush_that_has_said_nothing_for_long_does_not_hold_the_sensor(
+    location: Location, rng: random.Random
+) -> None:
+    """Its process was killed, and nobody will ever end its run."""
+    record_live(location, rng, 2, age_s=60)
+    location.instance.create_run_for_job(defs.resolve_job_def("flush"), status=dg.DagsterRunStatus.STARTED)
+    assert "in progress" in skipped(tick(location))
+    with closing(sqlite3.connect(location.state / "dagster" / "history" / "runs.db")) as connection, connection:
+        connection.execute("UPDATE runs SET update_timestamp = datetime('now', '-1 hour')")
+    requested(tick(location))
+
+
+def test_the_sensor_fires_again_after_a_flush_that_failed(location: Location, rng: random.Random) -> None:
+    record(location.platform, LANE, sound_events(rng, 5))
+    location.platform.seal()
+    location.platform.store()
+    path = flip_blob(location)
+    first = requested(tick(location))
+    assert not location.run("flush").success
+    second = requested(tick(location))
+    assert (first.run_key, second.run_key) == (None, None)
+    restore_blob(path)
+    assert location.run("flush").success
+    assert "empty" in skipped(tick(location))
+
+
+# The schedule.
+
+
+def schedule_tick(resource: PlatformResource, at: datetime) -> dg.RunRequest | dg.SkipReason:
+    with dg.build_schedule_context(scheduled_execution_time=at, resources={"platform": resource}) as context:
+        result = reconciliation_every_five_minutes(context)
+    assert isinstance(result, dg.RunRequest | dg.SkipReason)
+    return result
+
+
+def test_the_schedule_picks_the_hour_of_the_time_less_a_second(location: Location, rng: random.Random) -> None:
+    record(location.platform, LANE, sound_events(rng, 3))
+    location.finish_lane(2)
+    keys = {}
+    for hour, minute in ((18, 5), (18, 55), (19, 0), (19, 5)):
+        request = requested(schedule_tick(location.resource, datetime(2023, 11, 16, hour, minute, tzinfo=UTC)))
+        keys[hour, minute] = str(request.partition_key)
+        assert HOURS.has_partition_key(keys[hour, minute])
+        assert request.run_key == f"2023-11-16T{hour:02d}:{minute:02d}:00+00:00"
+    assert keys == {
+        (18, 5): "2023-11-16-18:00",
+        (18, 55): "2023-11-16-18:00",
+        (19, 0): "2023-11-16-18:00",
+        (19, 5): "2023-11-16-19:00",
+    }
+
+
+@pytest.mark.parametrize("hour", [17, 22])
+def test_the_schedule_skips_an_hour_that_nothing_covers(location: Location, rng: random.Random, hour: int) -> None:
+    record(location.platform, LANE, sound_events(rng, 3))
+    location.finish_lane(1)
+    said = skipped(schedule_tick(location.resource, datetime(2023, 11, 16, hour, 30, tzinfo=UTC)))
+    assert f"2023-11-16-{hour}:00" in said
+
+
+def test_the_schedule_skips_where_there_is_no_state(tmp_path: Path) -> None:
+    resource = PlatformResource(state_dir=str(tmp_path / "none"), duckdb=DuckDBResource(database=":memory:"))
+    assert "no platform state" in skipped(schedule_tick(resource, datetime(2023, 11, 16, 18, 5, tzinfo=UTC)))
+
+
+def test_the_schedule_is_every_five_minutes_utc() -> None:
+    schedule = defs.resolve_schedule_def("reconciliation_every_five_minutes")
+    assert (schedule.cron_schedule, schedule.execution_timezone) == ("*/5 * * * *", "UTC")
+    assert schedule.job_name == "reconcile"
+
+
+# Reconciliation and repair of hours.
+
+
+def two_hours(location: Location, rng: random.Random, lose: Sequence[int] = ()) -> list[UsageEvent]:
+    """Ten events in each of two closed hours, flushed; those at `lose` never reached ClickHouse."""
+    events = [*sound_events(rng, 10), *sound_events(rng, 10, START_US + HOUR_US)]
+    recorded = record(location.platform, LANE, events)
+    location.platform.clickhouse.insert_events(
+        table_from_events([event for number, event in enumerate(recorded) if number not in lose]), "first"
+    )
+    location.finish_lane(2)
+    location.dagster.flush()
+    return recorded
+
+
+BOTH = [START_US, START_US + HOUR_US]
+
+
+def of_partition(found: Sequence[dg.AssetMaterialization]) -> dict[str | None, dict[str, Any]]:
+    return {one.partition: {name: value.value for name, value in one.metadata.items()} for one in found}
+
+
+def test_two_hours_in_one_run_each_with_its_own_metadata(location: Location, rng: random.Random) -> None:
+    two_hours(location, rng, lose=[3, 4])
+    location.dagster.reconcile(BOTH)
+    (run,) = location.instance.get_runs(dg.RunsFilter(job_name="reconcile"))
+    assert run.status == dg.DagsterRunStatus.SUCCESS
+    found = of_partition(location.materializations("reconciliation", run.run_id))
+    assert set(found) == {hour_key(hour) for hour in BOTH}
+    first, second = (found[hour_key(hour)] for hour in BOTH)
+    assert (first["status"], first["missing"], first["fast events"]) == ("discrepant", 2, 8)
+    assert (second["status"], second["missing"], second["fast events"]) == ("reconciled", 0, 10)
+    for metadata in (first, second):
+        assert metadata["dagster/partition_row_count"] == 10
+        assert metadata["GPU seconds"] == "0.01"
+        assert not {"windows", "findings"} & set(metadata), "a table would be copied into each partition's event"
+
+    location.dagster.reconcile([START_US])
+    assert len(location.instance.get_runs(dg.RunsFilter(job_name="reconcile"))) == 2
+    latest = location.materializations("reconciliation")[0]
+    windows, findings = table_of(latest, "windows"), table_of(latest, "findings")
+    assert len(windows) == 12
+    assert (sum(w["events"] for w in windows), sum(w["fast events"] for w in windows)) == (10, 8)
+    assert sum(finding["missing"] for finding in findings) == 2
+
+
+def threshold_of(location: Location) -> tuple[bool, str]:
+    key = dg.AssetCheckKey(dg.AssetKey("reconciliation"), "threshold")
+    (latest,) = location.instance.event_log_storage.get_asset_check_execution_history(key, limit=1)
+    evaluation = latest.event and latest.event.dagster_event and latest.event.dagster_event.event_specific_data
+    assert isinstance(evaluation, dg.AssetCheckEvaluation)
+    return evaluation.passed, evaluation.description or ""
+
+
+def test_repair_makes_a_discrepant_hour_reconciled(location: Location, rng: random.Random) -> None:
+    two_hours(location, rng, lose=[3, 4])
+    location.dagster.reconcile(BOTH)
+    passed, said = threshold_of(location)
+    assert not passed
+    assert "2023-11-16T18:00:00Z is discrepant" in said
+    assert "T19" not in said
+    location.dagster.repair([START_US])
+    repaired = of_partition(location.materializations("fast_path_repair"))
+    assert repaired == {
+        hour_key(START_US): {"inserted": 2, "status before": "discrepant", "status after": "reconciled"}
+    } | {key: value for key, value in repaired.items() if key != hour_key(START_US)}
+    location.dagster.reconcile(BOTH)
+    assert threshold_of(location) == (True, "every report is reconciled")
+    location.dagster.repair(BOTH)
+    assert location.platform.clickhouse.totals() == (20, 20 * 1_000_000), "repairing what is whole inserts nothing"
+
+
+def test_repair_mends_a_rollup_that_a_crash_left_without_its_rows(location: Location, rng: random.Random) -> None:
+    """ClickHouse, killed between the two parts of one insert, keeps the raw rows without their rollup."""
+    two_hours(location, rng)
+    location.platform.clickhouse._command("TRUNCATE TABLE usage_minute")
+    location.dagster.reconcile(BOTH)
+    found = of_partition(location.materializations("reconciliation"))
+    assert {metadata["status"] for metadata in found.values()} == {"discrepant"}
+    location.dagster.repair(BOTH)
+    repaired = of_partition(location.materializations("fast_path_repair"))
+    assert {metadata["status after"] for metadata in repaired.values()} == {"reconciled"}
+    assert location.platform.clickhouse.totals() == (20, 20 * 1_000_000)
+
+
+def test_without_clickhouse_the_run_fails_clearly_and_can_be_run_again(location: Location, rng: random.Random) -> None:
+    two_hours(location, rng)
+    dsn = os.environ["RENDER_PLATFORM_CLICKHOUSE_DSN"]
+    location.patch.setenv("RENDER_PLATFORM_CLICKHOUSE_DSN", NOWHERE)
+    with pytest.raises(Unavailable) as raised:
+        location.dagster.reconcile(BOTH)
+    assert "2 of 2 hours could not be read" in raised.value.message
+    assert "ClickHouse" in raised.value.message
+    (failed,) = location.instance.get_runs(dg.RunsFilter(job_name="reconcile"))
+    assert failed.status == dg.DagsterRunStatus.FAILURE
+    assert failed.run_id in raised.value.message
+    assert location.platform.hours.unreconciled() == [], "unknown is not discrepant, and nothing was reported"
+
+    location.patch.setenv("RENDER_PLATFORM_CLICKHOUSE_DSN", dsn)
+    location.dagster.reconcile(BOTH)
+    found = of_partition(location.materializations("reconciliation"))
+    assert {metadata["status"] for metadata in found.values()} == {"reconciled"}
+
+
+def test_repair_without_clickhouse_fails_and_inserts_nothing(location: Location, rng: random.Random) -> None:
+    two_hours(location, rng, lose=[0])
+    dsn = os.environ["RENDER_PLATFORM_CLICKHOUSE_DSN"]
+    location.patch.setenv("RENDER_PLATFORM_CLICKHOUSE_DSN", NOWHERE)
+    with pytest.raises(Unavailable, match="cannot be repaired"):
+        location.dagster.repair([START_US])
+    location.patch.setenv("RENDER_PLATFORM_CLICKHOUSE_DSN", dsn)
+    location.dagster.repair([START_US])
+    assert location.platform.clickhouse.totals()[0] == 20
+
+
+def test_rows_that_stand_twice_fail_the_check_of_duplicates(location: Location, rng: random.Random) -> None:
+    recorded = two_hours(location, rng)
+
+    def check() -> dg.AssetCheckEvaluation:
+        result = dg.materialize(
+            [duplicates, *[asset for asset in ASSETS if isinstance(asset, dg.AssetSpec)]],
+            selection=dg.AssetSelection.checks(duplicates),
+            instance=location.instance,
+            resources={"platform": location.resource},
+        )
+        (evaluation,) = result.get_asset_check_evaluations()
+        return evaluation
+
+    assert check().passed
+    location.platform.clickhouse.insert_events(table_from_events(recorded[:3]), "again")
+    found = check()
+    assert (found.passed, found.metadata["rows too many"].value) == (False, 3)
+
+
+def test_a_day_s_evidence_is_verified_and_what_is_wrong_is_named(location: Location, rng: random.Random) -> None:
+    two_hours(location, rng)
+    day = hour_key(START_US)[:10]
+    good = location.run("verify", partition=day)
+    assert good.success
+    (materialized,) = location.materializations("audit_verification")
+    assert materialized.partition == day
+    assert materialized.metadata["events re-read"].value == 20
+    assert START_US % DAY_US, "the hour is not the day's first: the day holds it nevertheless"
+
+    blobs = sorted(path for path in (location.state / "blobs" / "sha256").rglob("*") if path.is_file())
+    path = rng.choice(blobs)
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    bad = location.run("verify", partition=day)
+    assert not bad.success
+    (step,) = [event for event in bad.all_events if event.is_step_failure]
+    failure = step.step_failure_data.user_failure_data
+    assert failure is not None
+    assert path.name in str(failure.metadata["problems"].value)
+
+
+# The state folder's own instance.
+
+
+def test_runs_are_visible_in_the_state_s_instance_afterwards(tmp_path: Path, rng: random.Random) -> None:
+    with open_location(tmp_path / "state") as location:
+        two_hours(location, rng, lose=[0])
+        location.dagster.reconcile(BOTH)
+        location.dagster.repair(BOTH)
+    home = tmp_path / "state" / "dagster"
+    assert "telemetry: {enabled: false}" in (home / "dagster.yaml").read_text()
+    with dg.DagsterInstance.from_config(str(home)) as instance:
+        runs = instance.get_runs()
+        assert {run.job_name for run in runs} == {"flush", "reconcile", "repair"}
+        assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}
+        for name in ("sealed_batches", "cas_batches", "audit_log", "reconciliation", "fast_path_repair"):
+            assert instance.get_latest_materialization_event(dg.AssetKey(name)) is not None, name
+        assert instance.telemetry_enabled is False
+
+
+def test_one_process_works_in_a_state_folder(location: Location) -> None:
+    with pytest.raises(Unavailable, match="another process"):
+        LocalDagster(location.platform.settings)
+
+
+def test_a_run_of_a_killed_process_is_ended_by_the_next(tmp_path: Path, rng: random.Random) -> None:
+    with open_location(tmp_path / "state") as location:
+        record(location.platform, LANE, sound_events(rng, 3))
+        left = location.instance.create_run_for_job(
+            defs.resolve_job_def("flush"), status=dg.DagsterRunStatus.STARTED, tags={"render_platform/local": "yes"}
+        )
+        assert "in progress" in skipped(tick(location))
+    with open_location(tmp_path / "state") as location:
+        ended = location.instance.get_run_by_id(left.run_id)
+        assert ended is not None
+        assert ended.status == dg.DagsterRunStatus.FAILURE
+        requested(tick(location))
+
+
+def test_hours_that_are_no_partitions_are_refused(location: Location) -> None:
+    location.dagster.check_hours(BOTH)
+    for hour in (1_640_995_200 * US_PER_SECOND, 4_000_000_000_000_000 - 4_000_000_000_000_000 % HOUR_US):
+        with pytest.raises(UsageError, match="is not a partition"):
+            location.dagster.check_hours([hour])

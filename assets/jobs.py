@@ -45,19 +45,16 @@ flush = dg.define_asset_job(
 reconcile = dg.define_asset_job(
     "reconcile",
     selection=dg.AssetSelection.assets("reconciliation"),
-    partitions_def=HOURS,
     description="Reconcile hours of the slow path with ClickHouse.",
 )
 repair = dg.define_asset_job(
     "repair",
     selection=dg.AssetSelection.assets("fast_path_repair"),
-    partitions_def=HOURS,
     description="Insert into ClickHouse what reconciliation found missing.",
 )
 verify = dg.define_asset_job(
     "verify",
     selection=dg.AssetSelection.assets("audit_verification"),
-    partitions_def=DAYS,
     description="Re-read days of evidence, row by row.",
 )
 

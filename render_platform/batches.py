@@ -1,14 +1,28 @@
-"""A batch's bytes: Parquet, written once, and what verification reads out of it again."""
+"""A batch's bytes: Parquet, written once, and its attestation.
+
+The attestation is a DSSE envelope around an in-toto Statement: our signed statement, not hardware attestation.
+https://github.com/secure-systems-lab/dsse/blob/master/protocol.md, https://in-toto.io/Statement/v1
+"""
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from render_platform import canonical
 from render_platform.errors import Finding
 from render_platform.events import require_schema
+from render_platform.note import Signer, Verifier
 
 _MAGIC = b"PAR1"
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://render-platform.dev/gpu-usage/v1"
 
 
 def encode(table: pa.Table) -> bytes:
@@ -32,3 +46,66 @@ def decode(data: bytes) -> pa.Table:
         raise Finding(f"not readable as Parquet: {error}") from error
     require_schema(table.schema)
     return table
+
+
+def predicate(table: pa.Table) -> dict[str, Any]:
+    """What a batch says that its GPUs did. Times are microseconds UTC; sums are exact."""
+
+    def distinct(name: str) -> list[str]:
+        return sorted(value for value in pc.unique(table.column(name)).to_pylist() if value is not None)
+
+    times = pc.min_max(table.column("event_time").cast(pa.int64())).as_py()
+    return {
+        "events": table.num_rows,
+        "gpu_time_ns": sum(table.column("gpu_time_ns").to_pylist()),
+        "devices": distinct("device_uuid"),
+        "meters": distinct("meter"),
+        "first_event_time_us": times["min"],
+        "last_event_time_us": times["max"],
+    }
+
+
+def attest(name: str, digest: str, table: pa.Table, signer: Signer, software: str) -> bytes:
+    """The envelope's canonical bytes. Ed25519 is deterministic and no clock is read: the same batch gives the same."""
+    statement = canonical.encode(
+        {
+            "_type": STATEMENT_TYPE,
+            "subject": [{"name": name, "digest": {"sha256": digest}}],
+            "predicateType": PREDICATE_TYPE,
+            "predicate": {**predicate(table), "software": software},
+        }
+    )
+    signature = signer.sign(_pae(statement))
+    return canonical.encode(
+        {
+            "payloadType": PAYLOAD_TYPE,
+            "payload": base64.b64encode(statement).decode(),
+            "signatures": [{"keyid": signer.verifier.vkey, "sig": base64.b64encode(signature).decode()}],
+        }
+    )
+
+
+def check_attestation(envelope: bytes, digest: str, keys: Mapping[str, Verifier]) -> dict[str, Any]:
+    """The predicate, if one of `keys` (by vkey) signed it for the batch `digest`; Finding otherwise."""
+    try:
+        outer = canonical.decode(envelope)
+        payload = base64.b64decode(outer["payload"], validate=True)
+        signature = base64.b64decode(outer["signatures"][0]["sig"], validate=True)
+        verifier = keys.get(outer["signatures"][0]["keyid"])
+        if outer["payloadType"] != PAYLOAD_TYPE:
+            raise Finding("the attestation is not an in-toto statement")
+        if verifier is None or not verifier.verifies(_pae(payload), signature):
+            raise Finding("the attestation is not signed by a known key")
+        statement = canonical.decode(payload)
+        if (statement["_type"], statement["predicateType"]) != (STATEMENT_TYPE, PREDICATE_TYPE):
+            raise Finding("the attestation is not a statement of GPU usage")
+        if statement["subject"][0]["digest"]["sha256"] != digest:
+            raise Finding("the attestation speaks of another batch")
+        return dict(statement["predicate"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise Finding(f"the attestation is not valid ({type(error).__name__})") from error
+
+
+def _pae(payload: bytes) -> bytes:
+    kind = PAYLOAD_TYPE.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)

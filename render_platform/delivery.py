@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from render_platform import __version__, attestation
+from render_platform import __version__
 from render_platform import batches as batch_bytes
 from render_platform.cas import Cas
 from render_platform.database import Database, batches
@@ -40,7 +40,7 @@ class Delivery:
         data = batch_bytes.encode(table)
         # A crash from here to the commit leaves objects that nothing names; the next call makes the same ones.
         digest = self._cas.put(data)
-        envelope = attestation.attest(batch.batch_id, digest, table, self._signer, f"render-platform/{__version__}")
+        envelope = batch_bytes.attest(batch.batch_id, digest, table, self._signer, f"render-platform/{__version__}")
         attestation_digest = self._cas.put(envelope)
         # After this commit the digest is fixed: the batch is never encoded again.
         with self._database.write() as connection:

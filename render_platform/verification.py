@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from render_platform import merkle, tiles
-from render_platform.blob_check import BlobCheck
 from render_platform.canonical import digest_of
 from render_platform.clock import HOUR_US, iso
 from render_platform.entries import END_OF_TIME_US, FIRST_PREVIOUS, AuditEntry, parse
 from render_platform.errors import Finding, Missing
-from render_platform.evidence import Evidence, Progress, Verification, said
+from render_platform.evidence import BlobCheck, Evidence, Progress, Verification, said
 from render_platform.note import Checkpoint, read_checkpoint
 
 

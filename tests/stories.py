@@ -13,7 +13,7 @@ import clickhouse_connect
 import pyarrow as pa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from render_platform import attestation, batches, events, tiles
+from render_platform import batches, events, tiles
 from render_platform.audit_log import AuditLog, create_head
 from render_platform.cas import Cas
 from render_platform.clock import HOUR_US, US_PER_SECOND, WINDOW_US, ManualClock, uuid7_from_random
@@ -207,7 +207,7 @@ class HandMade:
     def batch(self, hour_us: int, seq: int, rows: pa.Table, lane: str = "live", **overrides: Any) -> AuditEntry:
         data = batches.encode(rows)
         digest = self.cas.put(data)
-        envelope = attestation.attest("batch", digest, rows, self.attestation_signer, "tests")
+        envelope = batches.attest("batch", digest, rows, self.attestation_signer, "tests")
         times = rows.column("recorded_at").cast(pa.int64()).to_pylist()
         values = {
             "lane": lane,

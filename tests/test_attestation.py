@@ -11,7 +11,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from render_platform import attestation
+from render_platform import batches
 from render_platform.errors import Finding
 from render_platform.note import FileSigner
 from tests.factories import make_events, make_table
@@ -24,7 +24,7 @@ DIGEST = "ab" * 32
 
 
 def attested() -> bytes:
-    return attestation.attest("2023-11-16T18-00000", DIGEST, make_table(20, 1), SIGNER, "render-platform/1")
+    return batches.attest("2023-11-16T18-00000", DIGEST, make_table(20, 1), SIGNER, "render-platform/1")
 
 
 def pae(kind: str, payload: bytes) -> bytes:
@@ -32,7 +32,7 @@ def pae(kind: str, payload: bytes) -> bytes:
     return b" ".join([b"DSSEv1", str(len(kind)).encode(), kind.encode(), str(len(payload)).encode(), payload])
 
 
-def signed(statement: dict[str, Any], signer: FileSigner = SIGNER, kind: str = attestation.PAYLOAD_TYPE) -> bytes:
+def signed(statement: dict[str, Any], signer: FileSigner = SIGNER, kind: str = batches.PAYLOAD_TYPE) -> bytes:
     """An envelope of any statement, made without the library's encoder."""
     payload = scalar_json(statement).encode()
     signature = signer.sign(pae(kind, payload))
@@ -85,14 +85,14 @@ def test_the_same_batch_gives_the_same_bytes_and_they_are_canonical() -> None:
 
 
 def test_it_is_accepted_for_its_batch_and_key_alone() -> None:
-    assert attestation.check(attested(), DIGEST, KEYS) == statement_of(attested())["predicate"]
+    assert batches.check_attestation(attested(), DIGEST, KEYS) == statement_of(attested())["predicate"]
     with pytest.raises(Finding, match="another batch"):
-        attestation.check(attested(), "cd" * 32, KEYS)
+        batches.check_attestation(attested(), "cd" * 32, KEYS)
     for keys in ({}, {OTHER.verifier.vkey: OTHER.verifier}):
         with pytest.raises(Finding, match="known key"):
-            attestation.check(attested(), DIGEST, keys)
+            batches.check_attestation(attested(), DIGEST, keys)
     with pytest.raises(Finding, match="known key"):
-        attestation.check(attested(), DIGEST, {SIGNER.verifier.vkey: OTHER.verifier})
+        batches.check_attestation(attested(), DIGEST, {SIGNER.verifier.vkey: OTHER.verifier})
 
 
 def test_any_altered_byte_of_it_is_refused() -> None:
@@ -100,7 +100,7 @@ def test_any_altered_byte_of_it_is_refused() -> None:
     for position in range(len(envelope)):
         altered = envelope[:position] + bytes([envelope[position] ^ 1]) + envelope[position + 1 :]
         with pytest.raises(Finding):
-            attestation.check(altered, DIGEST, KEYS)
+            batches.check_attestation(altered, DIGEST, KEYS)
 
 
 def test_an_altered_payload_is_refused() -> None:
@@ -109,12 +109,12 @@ def test_an_altered_payload_is_refused() -> None:
     statement["predicate"]["gpu_time_ns"] += 1
     envelope["payload"] = base64.b64encode(scalar_json(statement).encode()).decode()
     with pytest.raises(Finding, match="known key"):
-        attestation.check(scalar_json(envelope).encode(), DIGEST, KEYS)
+        batches.check_attestation(scalar_json(envelope).encode(), DIGEST, KEYS)
 
 
 def test_a_known_key_under_another_payload_type_is_refused() -> None:
     with pytest.raises(Finding):
-        attestation.check(signed(statement_of(attested()), kind="text/plain"), DIGEST, KEYS)
+        batches.check_attestation(signed(statement_of(attested()), kind="text/plain"), DIGEST, KEYS)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_known_key_under_another_payload_type_is_refused() -> None:
 )
 def test_another_statement_by_a_known_key_is_refused(statement: dict[str, Any]) -> None:
     with pytest.raises(Finding):
-        attestation.check(signed(statement), DIGEST, KEYS)
+        batches.check_attestation(signed(statement), DIGEST, KEYS)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_another_statement_by_a_known_key_is_refused(statement: dict[str, Any]) 
 )
 def test_what_is_no_envelope_is_a_finding(envelope: bytes) -> None:
     with pytest.raises(Finding):
-        attestation.check(envelope, DIGEST, KEYS)
+        batches.check_attestation(envelope, DIGEST, KEYS)
 
 
 def test_the_stored_attestation_is_its_entrys(tmp_path: Path) -> None:
@@ -164,5 +164,5 @@ def test_the_stored_attestation_is_its_entrys(tmp_path: Path) -> None:
     envelope = read_blob(tmp_path, entry["attestation"])
     keys = {platform.attestation_signer.verifier.vkey: platform.attestation_signer.verifier}
     platform.close()
-    found = attestation.check(envelope, entry["subject_digest"], keys)
+    found = batches.check_attestation(envelope, entry["subject_digest"], keys)
     assert (found["events"], found["gpu_time_ns"]) == (9, sum(event.gpu_time_ns for event in events))

@@ -418,6 +418,8 @@ def test_the_sensor_skips_during_a_flush_and_fires_again_after_a_failure(
     run = location.instance.create_run_for_job(job, status=status)
     assert "in progress" in skipped(tick(location))
     location.instance.report_run_failed(run)
+    assert "the last 1 flushes failed" in skipped(tick(location)), "not again at once"
+    an_hour_passes(location)
     requested(tick(location))
     done = location.instance.create_run_for_job(defs.resolve_job_def("reconcile"), status=dg.DagsterRunStatus.STARTED)
     requested(tick(location))
@@ -431,9 +433,26 @@ def test_a_flush_that_has_said_nothing_for_long_does_not_hold_the_sensor(
     record_live(location, rng, 2, age_s=60)
     location.instance.create_run_for_job(defs.resolve_job_def("flush"), status=dg.DagsterRunStatus.STARTED)
     assert "in progress" in skipped(tick(location))
+    an_hour_passes(location)
+    requested(tick(location))
+
+
+def test_the_sensor_waits_longer_after_each_failure(location: Location, rng: random.Random) -> None:
+    record_live(location, rng, 2, age_s=60)
+    said = []
+    for failures in range(1, 4):
+        run = location.instance.create_run_for_job(defs.resolve_job_def("flush"), status=dg.DagsterRunStatus.STARTED)
+        location.instance.report_run_failed(run)
+        said.append(skipped(tick(location)))
+        assert f"the last {failures} flushes failed" in said[-1]
+    left = [text.split("the next in ")[1] for text in said]
+    assert left == sorted(left), "each wait is longer than the one before"
+
+
+def an_hour_passes(location: Location) -> None:
+    """For the runs that stand in the instance."""
     with closing(sqlite3.connect(location.state / "dagster" / "history" / "runs.db")) as connection, connection:
         connection.execute("UPDATE runs SET update_timestamp = datetime('now', '-1 hour')")
-    requested(tick(location))
 
 
 def test_the_sensor_fires_again_after_a_flush_that_failed(location: Location, rng: random.Random) -> None:
@@ -443,6 +462,7 @@ def test_the_sensor_fires_again_after_a_flush_that_failed(location: Location, rn
     path = flip_blob(location)
     first = requested(tick(location))
     assert not location.run("flush").success
+    an_hour_passes(location)
     second = requested(tick(location))
     assert (first.run_key, second.run_key) == (None, None)
     restore_blob(path)
@@ -456,8 +476,11 @@ def test_the_sensor_fires_again_after_a_flush_that_failed(location: Location, rn
 def schedule_tick(resource: PlatformResource, at: datetime) -> dg.RunRequest | dg.SkipReason:
     with dg.build_schedule_context(scheduled_execution_time=at, resources={"platform": resource}) as context:
         result = reconciliation_every_five_minutes(context)
-    assert isinstance(result, dg.RunRequest | dg.SkipReason)
-    return result
+    if isinstance(result, dg.SkipReason):
+        return result
+    assert isinstance(result, list)
+    assert len(result) == 1
+    return requested(result[0])
 
 
 def test_the_schedule_picks_the_hour_of_the_time_less_a_second(location: Location, rng: random.Random) -> None:
@@ -468,13 +491,26 @@ def test_the_schedule_picks_the_hour_of_the_time_less_a_second(location: Locatio
         request = requested(schedule_tick(location.resource, datetime(2023, 11, 16, hour, minute, tzinfo=UTC)))
         keys[hour, minute] = str(request.partition_key)
         assert HOURS.has_partition_key(keys[hour, minute])
-        assert request.run_key == f"2023-11-16T{hour:02d}:{minute:02d}:00+00:00"
+        assert request.run_key == f"2023-11-16T{hour:02d}:{minute:02d}:00+00:00/{keys[hour, minute]}"
     assert keys == {
         (18, 5): "2023-11-16-18:00",
         (18, 55): "2023-11-16-18:00",
         (19, 0): "2023-11-16-18:00",
         (19, 5): "2023-11-16-19:00",
     }
+
+
+def test_the_schedule_asks_again_for_closed_hours_without_a_current_report(
+    location: Location, rng: random.Random
+) -> None:
+    two_hours(location, rng)
+    at = datetime(2023, 11, 17, 3, 5, tzinfo=UTC)
+    with dg.build_schedule_context(scheduled_execution_time=at, resources={"platform": location.resource}) as context:
+        result = reconciliation_every_five_minutes(context)
+    assert isinstance(result, list)
+    assert [request.partition_key for request in result] == ["2023-11-16-18:00", "2023-11-16-19:00"]
+    location.dagster.reconcile(BOTH)
+    assert "every closed hour is reported" in skipped(schedule_tick(location.resource, at))
 
 
 @pytest.mark.parametrize("hour", [17, 22])
@@ -592,7 +628,8 @@ def test_without_clickhouse_the_run_fails_clearly_and_can_be_run_again(location:
     (failed,) = location.instance.get_runs(dg.RunsFilter(job_name="reconcile"))
     assert failed.status == dg.DagsterRunStatus.FAILURE
     assert failed.run_id in raised.value.message
-    assert location.platform.hours.unreconciled() == [], "unknown is not discrepant, and nothing was reported"
+    unknown = [status for _, status in location.platform.hours.unreconciled()]
+    assert unknown == ["not reported", "not reported"], "unknown is neither good nor discrepant"
 
     location.patch.setenv("RENDER_PLATFORM_CLICKHOUSE_DSN", dsn)
     location.dagster.reconcile(BOTH)
@@ -688,6 +725,7 @@ def test_a_run_of_a_killed_process_is_ended_by_the_next(tmp_path: Path, rng: ran
         ended = location.instance.get_run_by_id(left.run_id)
         assert ended is not None
         assert ended.status == dg.DagsterRunStatus.FAILURE
+        an_hour_passes(location)
         requested(tick(location))
 
 

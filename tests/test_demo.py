@@ -25,6 +25,7 @@ KEYS = {
     "run_id",
     "resumed",
     "lost_on_purpose",
+    "unfinished_traces",
     "trace",
     "bad_rows",
 }

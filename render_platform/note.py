@@ -23,6 +23,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from render_platform.errors import Finding, Unavailable, UsageError
+from render_platform.objects import make_folders, sync_folder
 
 MAX_NOTE_CHARACTERS = 1_000_000
 MAX_SIGNATURES = 100
@@ -190,14 +191,14 @@ def load_or_create_key(path: Path, name: str) -> FileSigner:
         if not path.exists():
             _create_key(path, FileSigner(name, Ed25519PrivateKey.generate()))
         signer = _load_key(path)
-        _sync_folder(path.parent)  # Whoever made it: nothing may be signed with a key that a crash could lose.
+        sync_folder(path.parent)  # Whoever made it: nothing may be signed with a key that a crash could lose.
         return signer
     except OSError as error:
         raise Unavailable(f"key file {path}: {error.strerror}", "check the path and its permissions") from error
 
 
 def _create_key(path: Path, signer: FileSigner) -> None:
-    _make_folders(path.parent)
+    make_folders(path.parent, mode=0o700)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -236,23 +237,6 @@ def _parse_private(data: bytes) -> FileSigner | None:
 def _private_line(signer: FileSigner) -> bytes:
     key = _base64(_ED25519 + signer._key.private_bytes_raw())
     return f"PRIVATE+KEY+{signer.name}+{signer.verifier.key_id.hex()}+{key}\n".encode()
-
-
-def _make_folders(folder: Path) -> None:
-    """Every missing folder, mode 0700, each durable in the one that holds it."""
-    if folder.exists():
-        return
-    _make_folders(folder.parent)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _signature_line(signer: Signer, data: bytes) -> str:

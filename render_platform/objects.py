@@ -54,7 +54,7 @@ class FolderObjects:
     def create(self, path: str, data: bytes) -> bool:
         target = self._root / path
         with _as_unavailable(target):
-            self._make_folder(target.parent)
+            make_folders(target.parent)
             scratch = self._write_scratch(data)
             try:
                 # Crash before the link: a scratch file that nothing names. After it: the whole object stands.
@@ -64,7 +64,7 @@ class FolderObjects:
                 created = False
             finally:
                 scratch.unlink()
-            _sync_folder(target.parent)  # for either answer: another writer may have died between its link and this
+            sync_folder(target.parent)  # for either answer: another writer may have died between its link and this
             return created
 
     def read(self, path: str) -> bytes:
@@ -81,10 +81,10 @@ class FolderObjects:
             current = target.read_bytes() if target.exists() else None
             if current != expected:
                 raise SequencerStopped(f"{path} was changed by another writer", "run the command again")
-            self._make_folder(target.parent)
+            make_folders(target.parent)
             # Crash before the rename: the old bytes stand. After it: the new ones do.
             self._write_scratch(data).rename(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
     def names(self, prefix: str = "") -> Iterator[str]:
         with _as_unavailable(self._root / prefix):
@@ -107,15 +107,15 @@ class FolderObjects:
     def move_aside(self, path: str) -> str:
         name = f"quarantine/{path.replace('/', '-')}-{self._ids.random(4).hex()}"
         with _as_unavailable(self._root / path):
-            self._make_folder((self._root / name).parent)
+            make_folders((self._root / name).parent)
             (self._root / path).rename(self._root / name)
-            _sync_folder((self._root / name).parent)
-            _sync_folder((self._root / path).parent)
+            sync_folder((self._root / name).parent)
+            sync_folder((self._root / path).parent)
         return name
 
     def _write_scratch(self, data: bytes) -> Path:
         folder = self._root / _SCRATCH
-        self._make_folder(folder)
+        make_folders(folder)
         scratch = folder / self._ids.random(8).hex()
         try:
             with scratch.open("xb") as file:
@@ -127,21 +127,23 @@ class FolderObjects:
             raise
         return scratch
 
-    def _make_folder(self, folder: Path) -> None:
-        missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        for parent in reversed(missing):
-            parent.mkdir(exist_ok=True)
-            _sync_folder(parent.parent)
-
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        self._make_folder(self._root / _SCRATCH)
+        make_folders(self._root / _SCRATCH)
         with (self._root / _SCRATCH / "lock").open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
-def _sync_folder(folder: Path) -> None:
+def make_folders(folder: Path, mode: int = 0o777) -> None:
+    """Every missing folder, each durable in the one that holds it. OSError where one cannot be made."""
+    for missing in reversed([parent for parent in (folder, *folder.parents) if not parent.exists()]):
+        missing.mkdir(mode=mode, exist_ok=True)
+        sync_folder(missing.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """The folder's names are durable on return."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

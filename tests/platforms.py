@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import random
+import subprocess
+import sys
 import threading
 import uuid
 from collections import defaultdict
@@ -249,3 +251,31 @@ def _check_sql(state: Path, entries: Sequence[dict[str, Any]], published: Publis
     kinds = ("usage_batch", "watermark")
     expected = [(e["type"], e["batch_id"], index) for index, e in enumerate(entries) if e["type"] in kinds]
     assert logged == expected
+
+
+def run_together(script: str, path: Path, names: str = "ab") -> list[str]:
+    """Run a script in one process a name, all let go at once; gives what each printed after it was ready.
+
+    The script gets `path` and its name, prints `ready`, waits for a line, and then does its work.
+    """
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(path), name],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    said = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0] * len(children), [errors for _, errors in said]
+    return [output for output, _ in said]

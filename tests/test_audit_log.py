@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from tests.platforms import (
     read_log,
     read_published,
     record_random,
+    run_together,
     tree_hash,
 )
 
@@ -361,26 +360,7 @@ for n in range(25):
 
 def test_two_processes_make_one_chain(tmp_path: Path) -> None:
     open_log(tmp_path)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path), name],
-            cwd=Path(__file__).parents[1],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in "ab"
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    errors = [child.communicate(timeout=60)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], errors
+    run_together(CHILD, tmp_path)
     entries = check_log(tmp_path, 50)
     names = {json.loads(entry)["batch_id"] for entry in entries}
     assert names == {f"{name}{n}" for name in "ab" for n in range(25)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from render_platform.events import MAX_GPU_TIME_NS, Totals, UsageEvent
 from render_platform.outbox import customer_ref, rows_of_batch
 from render_platform.pipeline import Platform
 from tests.factories import START_US, make_events
-from tests.platforms import LIVE, connect, make_platform, record, record_random
+from tests.platforms import LIVE, connect, make_platform, record, record_random, run_together
 
 
 def query(state: Path, sql: str, *values: Any) -> list[Any]:
@@ -250,24 +248,5 @@ write_rounds(Path(sys.argv[1]), int(sys.argv[2]), begin)
 
 def test_two_processes_lose_nothing(tmp_path: Path) -> None:
     make_platform(tmp_path).close()
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path), str(number)],
-            cwd=Path(__file__).parents[1],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    errors = [child.communicate(timeout=60)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], errors
+    run_together(CHILD, tmp_path, "01")
     check_writers(tmp_path, 2)

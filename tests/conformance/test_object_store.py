@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 
 from render_platform.errors import Missing, SequencerStopped, Unavailable
 from render_platform.objects import FolderObjects, ObjectStore
+from tests.platforms import run_together
 
 STORES: dict[str, Callable[[Path], ObjectStore]] = {"folder": FolderObjects}
 """Each opens the store at a place; two that are opened at one place are one store."""
@@ -178,24 +177,7 @@ print("".join(str(int(store.create(f"{n}", sys.argv[2].encode()))) for n in rang
 
 
 def test_of_two_processes_exactly_one_creates(tmp_path: Path) -> None:
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CREATOR, str(tmp_path), name],
-            cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name in "ab"
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("go\n")
-        child.stdin.flush()
-    one, two = (child.communicate(timeout=60)[0].strip() for child in children)
+    one, two = (said.strip() for said in run_together(CREATOR, tmp_path))
     assert len(one) == len(two) == 300
     store = FolderObjects(tmp_path)
     for n in range(300):

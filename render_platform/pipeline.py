@@ -177,6 +177,9 @@ class Platform:
             )
         draft = self.repairs.record(plan, rows if plan.resumed else inserted, not now.rollup_equal, self.cas.put)
         self._append(draft, lambda connection, _index: self.repairs.mark_logged(connection, plan))
+        if plan.resumed:  # what an earlier repair began is done; now what has gone missing since
+            rest = self.repair(hour_us)
+            return RepairOutcome(inserted.num_rows + rest.inserted, before, rest.after)
         return RepairOutcome(inserted.num_rows, before, self.reconcile(hour_us))
 
     def _expired(self, hour_us: int) -> str:

@@ -30,6 +30,7 @@ from tests.stories import (
     NOWHERE,
     deliver,
     fast_ids,
+    finish_lane,
     logged,
     open_story,
     record,
@@ -345,6 +346,23 @@ def test_rows_that_arrived_otherwise_after_the_plan_are_not_inserted_again(platf
     outcome = platform.repair(HOUR)
     assert outcome.after.status == "reconciled"
     assert_exact(platform, made)
+
+
+def test_what_went_missing_after_the_plan_of_a_killed_repair_is_inserted_too(platform: Platform) -> None:
+    """One repair is enough: it finishes what the killed one began, and goes on with the rest."""
+    made = recorded(platform)
+    deliver(platform, made[20:])
+    with closing(again(platform)) as dying:
+        insert(0, arrived=True)(dying)
+        with pytest.raises(Killed):
+            dying.repair(HOUR)
+    later = record(platform, make_events(15, 9), "trace/2")
+    finish_lane(platform, "trace/2", HOUR + 2 * 3_600_000_000)
+    platform.flush()
+    outcome = platform.repair(HOUR)
+    assert (outcome.inserted, outcome.after.status) == (15, "reconciled")
+    assert_exact(platform, [*made, *later])
+    assert states(platform) == ["logged", "logged"]
 
 
 def test_a_repair_that_failed_for_want_of_clickhouse_is_finished_later(platform: Platform) -> None:

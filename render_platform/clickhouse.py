@@ -219,6 +219,8 @@ def _connect(dsn: str) -> Any:
         return clickhouse_connect.get_client(path=rest, **options)
     if scheme not in ("http", "https"):
         raise UsageError("this is no ClickHouse DSN", "give chdb:///folder or http(s)://user:password@host:port")
+    if "@" in urlsplit(dsn).path:  # an unencoded / in a password: what follows it would be shown as a path
+        raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it")
     options |= {"autogenerate_session_id": False, "connect_timeout": 5, "send_receive_timeout": 60}
     try:
         return clickhouse_connect.get_client(dsn=dsn, **options)

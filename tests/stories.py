@@ -29,6 +29,7 @@ from render_platform.pipeline import Platform
 from render_platform.verification import verify
 from tests import chdb_server, factories
 from tests.factories import START_US
+from tests.platforms import SeededIds
 
 HOUR = START_US
 DEADLINE_US = 60 * US_PER_SECOND
@@ -36,16 +37,6 @@ AFTER_HOUR = HOUR + HOUR_US + DEADLINE_US
 """The first instant at which every window of the first hour is closed."""
 NOWHERE = "http://127.0.0.1:9"
 Key = tuple[int, str, str]
-
-
-class SeededIds:
-    """Random bytes that a seed gives again."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self._rng = random.Random(seed)
-
-    def random(self, size: int) -> bytes:
-        return self._rng.randbytes(size)
 
 
 class MemoryObjects:
@@ -74,7 +65,9 @@ class MemoryObjects:
         yield from sorted(path for path in self.files if path.startswith(prefix))
 
     def move_aside(self, path: str) -> str:
-        name = f"quarantine/{path.replace('/', '-')}"
+        name = f"quarantine/{path.replace('/', '-')}-{len(self.files)}"
+        while name in self.files:
+            name += "-"
         self.files[name] = self.files.pop(path)
         return name
 

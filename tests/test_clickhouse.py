@@ -420,7 +420,9 @@ def test_the_oldest_version(clickhouse: ClickHouse, name: str, version: str, goo
             clickhouse.prepare(0)
 
 
-@pytest.mark.parametrize("dsn", ["", "chdb://", "chdb:///a?b", "mysql://h", "http://u:hunter/2@h:8123"])
+@pytest.mark.parametrize(
+    "dsn", ["", "chdb://", "chdb:///a?b", "mysql://h", "http://u:hunter/2@h:8123", "http://u:1/hunter@h:8123"]
+)
 def test_a_dsn_that_cannot_be_used(dsn: str) -> None:
     with pytest.raises(UsageError) as caught:
         open_clickhouse(dsn, "t")

@@ -17,8 +17,13 @@ from hypothesis import strategies as st
 from render_platform.errors import Missing, SequencerStopped, Unavailable
 from render_platform.objects import FolderObjects, ObjectStore
 from tests.platforms import run_together
+from tests.stories import MemoryObjects
 
-STORES: dict[str, Callable[[Path], ObjectStore]] = {"folder": FolderObjects}
+_in_memory: dict[Path, MemoryObjects] = {}
+STORES: dict[str, Callable[[Path], ObjectStore]] = {
+    "folder": FolderObjects,
+    "memory": lambda path: _in_memory.setdefault(path, MemoryObjects()),  # the fake that other tests stand on
+}
 """Each opens the store at a place; two that are opened at one place are one store."""
 
 

@@ -68,7 +68,8 @@ class MemoryObjects:
         name = f"quarantine/{path.replace('/', '-')}-{len(self.files)}"
         while name in self.files:
             name += "-"
-        self.files[name] = self.files.pop(path)
+        self.files[name] = self.read(path)
+        del self.files[path]
         return name
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date, datetime
@@ -20,7 +22,7 @@ from render_platform import __version__, console
 from render_platform.clock import DAY_US, hours_between, iso, time_us
 from render_platform.config import Settings, configure_logs, load_settings
 from render_platform.demo import Demo
-from render_platform.errors import PlatformError, UsageError
+from render_platform.errors import PlatformError, Unavailable, UsageError
 from render_platform.evidence import Evidence, Verification
 from render_platform.note import Verifier
 from render_platform.objects import FolderObjects
@@ -71,7 +73,7 @@ class _Group(click.Group):
 def main() -> None:
     """Meters GPU inference, keeps every bill, and proves it years later.
 
-    Exit codes: 0 good, 1 a finding, 2 wrong usage, 3 a part is unavailable.
+    Exit codes: 0 good, 1 a finding, 2 wrong usage, 3 a part is unavailable, or an hour is not closed yet.
     """
 
 
@@ -82,13 +84,14 @@ def main() -> None:
 def demo(trace_path: Path | None, state: Path | None, as_json: bool) -> None:
     """Run the main job: replay a trace through both paths, lose, find, repair and verify."""
     settings = load_settings(state_dir=state)
-    with console.progress_bars() as progress, open_platform(settings, create=True) as platform:
+    with console.progress_bars() as progress:
         trace = read_trace(trace_path, lambda rows: progress("read", rows, rows)) if trace_path else generated_trace()
-        stages = _dagster("resources.local").LocalDagster(settings)
-        try:
-            story = Demo(platform, stages, progress).run(trace)
-        finally:
-            stages.close()
+        with open_platform(settings, create=True) as platform:
+            stages = _dagster("resources.local").LocalDagster(settings)
+            try:
+                story = Demo(platform, stages, progress).run(trace)
+            finally:
+                stages.close()
     if as_json:
         _print_json(story.as_json())
     else:
@@ -107,6 +110,8 @@ def up(state: Path | None, port: int | None) -> None:
     local = _dagster("resources.local")
     local.LocalDagster(settings).close()  # ends what a killed process left in progress
     home = settings.dagster_home
+    _hold_up_lock(home / "up.lock")
+    _require_free_port(settings.dagster_port)
     environment = {
         **os.environ,
         "DAGSTER_HOME": str(home),
@@ -121,10 +126,35 @@ def up(state: Path | None, port: int | None) -> None:
     os.execve(sys.executable, [sys.executable, "-m", "dagster", *arguments], environment)  # noqa: S606
 
 
+def _hold_up_lock(path: Path) -> None:
+    """One `up` a state folder: two daemons would disturb each other. The lock lives on in the process that follows."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise Unavailable("`up` runs over this state folder already", "use that one, or end it first") from None
+    os.set_inheritable(handle, True)
+
+
+def _require_free_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise Unavailable(f"port {port} is taken: {error.strerror}", "give another one with --port") from None
+
+
 @main.command("verify")
 @state_option
 @click.option("--deep", is_flag=True, help="Also re-read the rows of every batch.")
-@click.option("--key", "vkeys", multiple=True, metavar="VKEY", help="Trust these verifier keys, not the folder's own.")
+@click.option(
+    "--key",
+    "vkeys",
+    multiple=True,
+    metavar="VKEY",
+    help="Trust this key, not the folder's own: the log's; again for the attestations'.",
+)
 @json_option
 def verify_command(state: Path | None, deep: bool, vkeys: Sequence[str], as_json: bool) -> None:
     """Verify the evidence in the state folder, offline: log, chain, objects, batches."""
@@ -173,6 +203,8 @@ def reconcile(state: Path | None, start: int | None, end: int | None, as_json: b
             raise UsageError("--from and --to are more than ten years apart", "reconcile a shorter range")
         whole = start is not None and end is not None
         hours = list(hours_between(start or 0, end or 0)) if whole else platform.hours.known(start, end)
+        if not hours and (start is not None or end is not None):
+            raise UsageError("no hour of this range holds events", "give a range that the state folder covers")
         reports = []
         for done, hour in enumerate(hours):
             progress("reconcile", done, len(hours))

@@ -117,13 +117,13 @@ def _counts(story: Story) -> Table:
 
 
 def print_verification(console: Console, outcome: Verification) -> None:
-    if outcome.checkpoint is not None:
-        console.print(_checkpoint(outcome))
+    console.print(f"[bold]Checkpoint[/]\n{_checkpoint(outcome)}")
     print_problems(console, outcome)
     for note in outcome.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
-    verdict = "[green]verified[/]" if outcome.verified else f"[red]{_many(len(outcome.problems), 'problem')}[/]"
-    console.print(f"{verdict}: {_evidence(outcome)}")
+    problems = _many(len(outcome.problems), "problem")
+    verdict = "[green]verified[/]" if outcome.verified else f"[red]NOT verified, {problems}[/]"
+    console.print(f"{verdict}: read {_evidence(outcome)}")
 
 
 def print_problems(console: Console, outcome: Verification) -> None:

@@ -113,7 +113,7 @@ def run_query(sql: str, tables: Iterable[pa.Table]) -> pa.Table:
                 raise UsageError("the query is not one SELECT", "give one SELECT over usage_events")
             return connection.sql(sql).to_arrow_table()
         except duckdb.Error as error:
-            raise UsageError(f"the query failed: {error}", "the table is usage_events") from error
+            raise UsageError(f"the query failed: {error}", "give one SELECT over the table usage_events") from error
 
 
 @contextmanager

@@ -563,9 +563,30 @@ def test_up_serves_the_ui_of_the_state(state: Path) -> None:
             assert process.poll() is None, process.stdout.read() if process.stdout else ""
             time.sleep(0.2)
         assert answers(port)
+        again = run_command("up", "--state", state, "--port", port)
+        assert (again.code, "already" in again.stderr) == (3, True)
         os.killpg(process.pid, signal.SIGINT)
         said, _ = process.communicate(timeout=60)
     assert f"http://127.0.0.1:{port}" in said
     assert not answers(port)
     for secret in secrets_of(state):
         assert secret not in said
+
+
+def test_up_refuses_a_port_that_is_taken(state: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        done = run_command("up", "--state", state, "--port", holder.getsockname()[1])
+    assert (done.code, "--port" in done.stderr) == (3, True)
+
+
+def test_a_range_without_events_is_wrong_usage_and_not_good(state: Path) -> None:
+    done = run_command("reconcile", "--state", state, "--from", "2030-01-01T00:00:00Z")
+    assert (done.code, "no hour of this range" in done.stderr) == (2, True)
+
+
+def test_a_trace_that_cannot_be_read_leaves_no_state(tmp_path: Path) -> None:
+    done = run_command("demo", "--state", tmp_path / "new", "--trace", tmp_path / "none.csv")
+    assert done.code == 2
+    assert not (tmp_path / "new").exists()

@@ -82,7 +82,7 @@ def open_clickhouse(dsn: str, database: str, retention_days: int = 0) -> ClickHo
     clickhouse = ClickHouse(client, dsn, database)
     try:
         clickhouse.prepare(retention_days)
-    except BaseException:
+    except BaseException:  # whatever ended it: the folder is released, and the error goes on
         clickhouse.close()
         raise
     return clickhouse

@@ -63,13 +63,6 @@ class Hours:
         low = hour_of(start_us) if start_us is not None else 0
         return sorted(hour for hour in found if hour >= low and (end_us is None or hour < end_us))
 
-    def wanting(self) -> list[int]:
-        """Known hours without a report that is up to date, or whose report is not `reconciled`."""
-        with self._database.read() as connection:
-            good = sa.select(reports.c.hour_us).where(~reports.c.dirty, reports.c.status == "reconciled")
-            settled = set(connection.execute(good).scalars())
-        return [hour for hour in self.known() if hour not in settled]
-
     def due(self) -> list[int]:
         """Known hours that are closed, and have no report or one that is out of date."""
         with self._database.read() as connection:

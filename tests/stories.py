@@ -96,6 +96,12 @@ def record(platform: Platform, made: Sequence[UsageEvent], lane: str = "live") -
         return platform.outbox.record(connection, lane, sorted(made, key=lambda event: event.recorded_at))
 
 
+def wanting(platform: Platform) -> list[int]:
+    """Known hours that are not settled: no report, one that is out of date, or one that is not `reconciled`."""
+    reports = {hour: platform.hours.last_report(hour) for hour in platform.hours.known()}
+    return [hour for hour, last in reports.items() if last is None or last.dirty or last.status != "reconciled"]
+
+
 def finish_lane(platform: Platform, lane: str, until_us: int) -> None:
     with platform.database.write() as connection:
         platform.outbox.finish_lane(connection, lane, until_us)

@@ -27,6 +27,7 @@ from tests.stories import (
     move_to,
     open_story,
     record,
+    wanting,
 )
 
 DIGEST = "ab" * 32
@@ -201,15 +202,15 @@ def test_wanting_is_whatever_has_no_good_report_that_is_up_to_date(platform: Pla
     record(platform, events_at(HOUR + 5, HOUR + 2 * HOUR_US))
     flush_at(platform, HOUR + 2 * HOUR_US + WINDOW_US)
     hours = [HOUR + n * HOUR_US for n in range(3)]
-    assert platform.hours.wanting() == hours
+    assert wanting(platform) == hours
     mark(platform, hours[0], "reconciled", batches=1)
     mark(platform, hours[1], "discrepant")
-    assert platform.hours.wanting() == hours[1:]
+    assert wanting(platform) == hours[1:]
     mark(platform, hours[1], "reconciled", revision=2)
-    assert platform.hours.wanting() == hours[2:]
+    assert wanting(platform) == hours[2:]
     with platform.database.write() as connection:
         mark_dirty(connection, hours[0])
-    assert platform.hours.wanting() == [hours[0], hours[2]]
+    assert wanting(platform) == [hours[0], hours[2]]
 
 
 def test_covered_hours_are_those_that_a_lane_records_or_recorded_into(platform: Platform) -> None:
@@ -260,7 +261,7 @@ def test_a_second_lane_into_a_reported_hour_marks_it_dirty_once(platform: Platfo
     assert platform.hours.last_report(HOUR) == (1, DIGEST, "reconciled", False), "nothing is logged yet"
     platform.log_batches()
     assert platform.hours.last_report(HOUR) == (1, DIGEST, "reconciled", True)
-    assert HOUR in platform.hours.wanting()
+    assert HOUR in wanting(platform)
 
     mark(platform, HOUR, "reconciled", revision=2, batches=2)
     for _ in range(2):

@@ -31,6 +31,7 @@ from tests.stories import (
     open_story,
     record,
     run_in_clickhouse,
+    wanting,
 )
 
 LATE = "trace/late"
@@ -84,7 +85,7 @@ def test_a_complete_hour_reconciles_and_its_report_is_in_the_log(platform: Platf
     [entry] = logged(platform, "reconciliation")
     assert (entry.recorded_hour, entry.records, entry.gpu_time_ns) == (HOUR, 60, report.total("gpu_time_ns"))
     assert report_blob(platform) == report.to_bytes()
-    assert platform.hours.wanting() == []
+    assert wanting(platform) == []
     assert platform.verify(deep=True).verified
 
 
@@ -176,7 +177,7 @@ def test_each_kind_of_difference_is_named(platform: Platform) -> None:
         "unexpected": {str(moved.event_id), str(stranger.event_id)},
     }
     assert all(verdict.figures.rollup_equal for verdict in report.findings)
-    assert platform.hours.wanting() == [HOUR]
+    assert wanting(platform) == [HOUR]
 
 
 def test_a_rollup_that_lost_its_rows_is_discrepant_although_raw_rows_agree(platform: Platform) -> None:
@@ -217,7 +218,7 @@ def test_late_rows_on_the_slow_path_make_the_report_dirty_and_give_the_next_revi
     last = platform.hours.last_report(HOUR)
     assert last is not None
     assert (last.revision, last.dirty) == (1, True)
-    assert platform.hours.wanting() == [HOUR]
+    assert wanting(platform) == [HOUR]
     second = platform.reconcile(HOUR)
     assert (second.status, second.revision) == ("discrepant", 2)
     assert set(second.missing) == {str(event.event_id) for event in late}

@@ -33,6 +33,7 @@ from tests.stories import (
     record,
     rollup_total,
     run_in_clickhouse,
+    wanting,
 )
 
 
@@ -95,7 +96,7 @@ def test_missing_rows_come_back_in_raw_rows_and_rollup(platform: Platform, lost:
     assert (outcome.before.revision, outcome.after.revision) == (1, 2)
     assert outcome.after.findings == ()
     assert_exact(platform, made)
-    assert platform.hours.wanting() == []
+    assert wanting(platform) == []
 
 
 def test_the_repair_is_logged_with_its_record_before_the_report_that_follows(platform: Platform) -> None:

@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up test check lint types imports lock clean
+.PHONY: help demo up bench-gateway test check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -17,8 +17,11 @@ $(READY): requirements.txt pyproject.toml
 demo: $(READY)  ## the main job, end to end, into STATE (default: state)
 	$(BIN)/render-platform demo --state $(STATE)
 
-up: $(READY)  ## the Dagster UI and its daemon over STATE, on http://127.0.0.1:3000
+up: $(READY)  ## gateway, ClickHouse bridge, Dagster and a sample load over STATE, in one terminal
 	$(BIN)/render-platform up --state $(STATE)
+
+bench-gateway: $(READY)  ## the gateway against its limits and its peers (needs wrk and npm; some minutes)
+	$(BIN)/python -m benchmarks.gateway --write
 
 test: check  ## everything that must pass
 	$(BIN)/python -m pytest

@@ -1,19 +1,22 @@
 """ClickHouse, the fast path's store: usage events as they were recorded, and their rollup by minute.
 
-One client API for both kinds of DSN: `chdb:///folder` (the engine in this process, which owns the folder)
-and `http(s)://user:password@host:port` (a server, 24.8 or newer). What holds for both:
+One client API for both kinds of DSN: `chdb:///folder` (the engine in this process, or the bridge of the process that
+owns the folder) and `http(s)://user:password@host:port` (a server, 24.8 or newer). What holds for both:
 
 - Any failure raises Unavailable with a remedy and without secrets. A failed read is never an empty result.
 - Times are integer microseconds UTC; ranges are [start_us, end_us) of `recorded_at`; sums are exact.
 - An insert that returned survives `kill -9` of the process; power loss may take it back: no evidence.
-- Threads may share one ClickHouse. On a chdb folder their calls run one after another.
+- Threads may share one ClickHouse. On a chdb folder of this process their calls run one after another.
+- One process owns a chdb folder. Where that is the bridge (bridge.py), others are led to it. When the bridge ends, what
+  they hold raises Unavailable until it is opened again; so does a folder that a process without a bridge owns.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,10 @@ from urllib.parse import unquote, urlsplit
 import clickhouse_connect
 import pyarrow as pa
 from clickhouse_connect.driver.exceptions import ClickHouseError
+from clickhouse_connect.driver.httputil import default_pool_manager
 from urllib3.exceptions import HTTPError
 
+from render_platform.chdb_folder import BRIDGE_USER, OWNED, FolderLock
 from render_platform.clickhouse_schema import (
     LATENCY_QUERY,
     MIGRATIONS,
@@ -45,6 +50,7 @@ from render_platform.events import EVENT_SCHEMA, Totals, require_schema
 
 MINUTE_US = 60 * US_PER_SECOND
 OLDEST_SERVER = [24, 8]
+_NO_DSN = "this is no ClickHouse DSN", "give chdb:///folder or http(s)://user:password@host:port"
 _TOO_OLD = "ClickHouse is too old or unsupported", "24.8 or newer is needed"
 
 _DRIVER_ERRORS = (ClickHouseError, HTTPError, OSError, pa.ArrowException, ImportError)
@@ -78,8 +84,8 @@ def open_clickhouse(dsn: str, database: str, retention_days: int = 0) -> ClickHo
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", database):
         raise UsageError(f"{database!r} is not a database name", "use letters, digits and underscores")
     with _translated(dsn):
-        client = _connect(dsn)
-    clickhouse = ClickHouse(client, dsn, database)
+        client, dsn, lock = _open_folder(dsn) if dsn.startswith("chdb://") else (_connect(dsn), dsn, None)
+    clickhouse = ClickHouse(client, dsn, database, lock)
     try:
         clickhouse.prepare(retention_days)
     except BaseException:  # whatever ended it: the folder is released, and the error goes on
@@ -91,8 +97,10 @@ def open_clickhouse(dsn: str, database: str, retention_days: int = 0) -> ClickHo
 class ClickHouse:
     """The rules on top of this module hold for every method."""
 
-    def __init__(self, client: Any, dsn: str, database: str) -> None:
-        self._client, self._dsn, self._database = client, dsn, database
+    def __init__(self, client: Any, dsn: str, database: str, lock: FolderLock | None = None) -> None:
+        """`lock` belongs to it where the engine is in this process, and goes with `close`."""
+        self._client, self._dsn, self._database, self._lock = client, dsn, database, lock
+        self._turn: AbstractContextManager[Any] = threading.Lock() if lock else nullcontext()
 
     def prepare(self, retention_days: int) -> None:
         """Create the database, its tables and their retention where they are not so already."""
@@ -138,7 +146,7 @@ class ClickHouse:
             raise UsageError("an insert needs a deduplication token", "name the batch")
         if table.num_rows:
             settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token}
-            with _translated(self._dsn):
+            with self._calling():
                 self._client.insert_arrow("usage_events", table.combine_chunks(), settings=settings)
 
     def window_aggregates(self, start_us: int, end_us: int) -> pa.Table:
@@ -196,9 +204,24 @@ class ClickHouse:
     def close(self) -> None:
         """Let go of the folder or the connections; harmless when repeated. Call nothing after it."""
         self._client.close()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """One call of the driver, with its errors translated."""
+        with _translated(self._dsn), self._turn:
+            try:
+                yield
+            except _DRIVER_ERRORS:
+                if self._lock is not None:
+                    with suppress(*_DRIVER_ERRORS):  # chdb puts what a failed query had written before the next answer
+                        self._client.raw_query("SELECT 1")
+                raise
 
     def _query(self, sql: str, **values: Any) -> pa.Table:
-        with _translated(self._dsn):
+        with self._calling():
             return self._client.query_arrow(sql, parameters=values)
 
     def _one(self, sql: str, **values: Any) -> Any:
@@ -207,21 +230,41 @@ class ClickHouse:
         raise Unavailable("a table of ClickHouse is missing", "see that nothing else changes this database")
 
     def _command(self, sql: str, **values: Any) -> None:
-        with _translated(self._dsn):
+        with self._calling():
             self._client.command(sql, parameters=values)
 
 
-def _connect(dsn: str) -> Any:
-    scheme, _, rest = dsn.partition("://")
-    options: dict[str, Any] = {"settings": _NO_PARTIAL_RESULTS, "interface": scheme}
-    if scheme == "chdb" and rest and "?" not in rest:
-        Path(rest).mkdir(parents=True, exist_ok=True)
-        return clickhouse_connect.get_client(path=rest, **options)
+def _open_folder(dsn: str) -> tuple[Any, str, FolderLock | None]:
+    """A client of the folder's engine, the DSN that it has become, and the lock where the engine is in this process."""
+    rest = dsn.removeprefix("chdb://")
+    if not rest or "?" in rest:
+        raise UsageError(*_NO_DSN)
+    folder = Path(rest).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock.take(folder)
+    if lock is None:
+        with suppress(FileNotFoundError):
+            url = FolderLock.url_file(folder).read_text()
+            with _translated(url):
+                # The default pool: a proxy that the environment names is not for loopback, nor to see the token.
+                return _connect(url, pool_mgr=default_pool_manager()), url, None
+        raise Unavailable(*OWNED)
+    try:
+        client = clickhouse_connect.get_client(interface="chdb", path=str(folder), settings=_NO_PARTIAL_RESULTS)
+    except BaseException:
+        lock.release()
+        raise
+    return client, dsn, lock
+
+
+def _connect(dsn: str, **options: Any) -> Any:
+    scheme = dsn.partition("://")[0]
     if scheme not in ("http", "https"):
-        raise UsageError("this is no ClickHouse DSN", "give chdb:///folder or http(s)://user:password@host:port")
+        raise UsageError(*_NO_DSN)
     if "@" in urlsplit(dsn).path:  # an unencoded / in a password: what follows it would be shown as a path
         raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it")
-    options |= {"autogenerate_session_id": False, "connect_timeout": 5, "send_receive_timeout": 60}
+    options |= {"settings": _NO_PARTIAL_RESULTS, "interface": scheme, "autogenerate_session_id": False}
+    options |= {"connect_timeout": 5, "send_receive_timeout": 60}
     try:
         return clickhouse_connect.get_client(dsn=dsn, **options)
     except ValueError:  # a port or an option; its text may quote a password
@@ -242,13 +285,15 @@ def _explain(text: str, dsn: str) -> tuple[str, str]:
     if "Unknown identifier: readonly" in text:
         return _TOO_OLD
     if "Error initializing EmbeddedServer" in text:
-        what = "the embedded ClickHouse did not open: most likely another process owns the embedded database"
-        return what, "stop the other process or point RENDER_PLATFORM_CLICKHOUSE_DSN at a server"
+        return f"the embedded ClickHouse did not open: most likely {OWNED[0]}", OWNED[1]
     if "EmbeddedServer already initialized" in text:
         return "this process has another embedded ClickHouse open", "close it first: a process has one folder"
-    where = "that its folder can be written" if dsn.startswith("chdb:") else "the server and its address"
-    remedy = f"check {where}, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
-    return f"ClickHouse failed: {_scrubbed(text, dsn)}", remedy
+    where = "the server and its address, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
+    if dsn.startswith("chdb:"):
+        where = "that its folder can be written, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
+    elif urlsplit(dsn).username == BRIDGE_USER:
+        where = "that the process that owns the embedded database still runs, and repeat this"
+    return f"ClickHouse failed: {_scrubbed(text, dsn)}", f"check {where}"
 
 
 def _scrubbed(text: str, dsn: str) -> str:

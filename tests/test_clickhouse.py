@@ -1,4 +1,7 @@
-"""The ClickHouse adapter on the embedded engine, and how it fails."""
+"""The ClickHouse adapter: the same tests on the embedded engine, on its bridge and on a server.
+
+CLICKHOUSE_TEST_URL=http://user:password@host:port names the server; its databases `t_…` are made and dropped.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from contextlib import closing
 from decimal import Decimal
 from typing import Any
 
-import clickhouse_connect
 import pyarrow as pa
 import pytest
 
@@ -25,22 +27,31 @@ from tests.factories import START_US
 END_US = START_US + HOUR_US
 
 
-@pytest.fixture
-def name() -> str:
-    return chdb_server.fresh_database()
+@pytest.fixture(params=chdb_server.IMPLEMENTATIONS)
+def dsn(request: pytest.FixtureRequest) -> str:
+    """Of the engine in this process, of its bridge, of a server: what the tests say holds for each."""
+    return chdb_server.dsn_of(request.param)
 
 
 @pytest.fixture
-def clickhouse(name: str) -> Iterator[ClickHouse]:
-    with closing(open_clickhouse(chdb_server.shared_dsn(), name)) as opened:
+def name(dsn: str) -> Iterator[str]:
+    made = chdb_server.fresh_database()
+    yield made
+    if not dsn.startswith("chdb:"):
+        with closing(chdb_server.open_raw(dsn)) as client:
+            client.command(f"DROP DATABASE IF EXISTS {made}")
+
+
+@pytest.fixture
+def clickhouse(dsn: str, name: str) -> Iterator[ClickHouse]:
+    with closing(open_clickhouse(dsn, name)) as opened:
         yield opened
 
 
 @pytest.fixture
-def raw(clickhouse: ClickHouse, name: str) -> Iterator[Any]:
+def raw(clickhouse: ClickHouse, dsn: str, name: str) -> Iterator[Any]:
     """A client of the driver's own, on the same database."""
-    path = str(chdb_server.shared_clickhouse_path())
-    with closing(clickhouse_connect.get_client(interface="chdb", path=path, database=name)) as client:
+    with closing(chdb_server.open_raw(dsn, name)) as client:
         yield client
 
 
@@ -66,6 +77,12 @@ def by_key(table: pa.Table) -> dict[tuple[int, str, str], list[int]]:
 
 def rollup_events(clickhouse: ClickHouse) -> int:
     return sum(clickhouse.rollup_aggregates(START_US - DAY_US, END_US + DAY_US).column("events").to_pylist())
+
+
+def test_the_same_holds_on_a_server() -> None:
+    if not chdb_server.SERVER:
+        pytest.skip("NOT RUN ON A SERVER: CLICKHOUSE_TEST_URL names none, so these tests saw the embedded engine only")
+    assert "server" in chdb_server.IMPLEMENTATIONS
 
 
 def test_rows_come_back_exactly(clickhouse: ClickHouse) -> None:

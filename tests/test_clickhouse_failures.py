@@ -22,7 +22,7 @@ from render_platform.errors import Unavailable, UsageError
 from render_platform.events import total_gpu_time_ns
 from tests import chdb_server, factories
 from tests.factories import START_US
-from tests.test_clickhouse import END_US, clickhouse, name, raw, rollup_events  # noqa: F401  fixtures
+from tests.test_clickhouse import END_US, clickhouse, dsn, name, raw, rollup_events  # noqa: F401  fixtures
 
 
 def test_unknown_tokens_are_counted_apart_from_zero(clickhouse: ClickHouse, raw: Any) -> None:
@@ -79,17 +79,17 @@ def ttl_tables(client: Any, name: str) -> dict[str, int]:
     return {table: found[table] for table in ("usage_events", "usage_minute")}
 
 
-def test_rows_expire_only_when_asked(clickhouse: ClickHouse, raw: Any, name: str) -> None:
+def test_rows_expire_only_when_asked(clickhouse: ClickHouse, raw: Any, dsn: str, name: str) -> None:
     clickhouse.insert_events(factories.make_table(20), "old rows")
     raw.command("OPTIMIZE TABLE usage_events FINAL")
     assert ttl_tables(raw, name) == {"usage_events": 0, "usage_minute": 0}
     assert clickhouse.totals()[0] == 20
-    with closing(open_clickhouse(chdb_server.shared_dsn(), name, retention_days=90)) as limited:
+    with closing(open_clickhouse(dsn, name, retention_days=90)) as limited:
         assert ttl_tables(raw, name) == {"usage_events": 1, "usage_minute": 1}
         for table in ("usage_events", "usage_minute"):
             raw.command(f"OPTIMIZE TABLE {table} FINAL")
         assert (limited.totals()[0], rollup_events(limited)) == (0, 0)
-    with closing(open_clickhouse(chdb_server.shared_dsn(), name)):
+    with closing(open_clickhouse(dsn, name)):
         assert ttl_tables(raw, name) == {"usage_events": 0, "usage_minute": 0}
 
 
@@ -107,8 +107,16 @@ def test_a_failed_read_is_not_an_empty_result(clickhouse: ClickHouse, raw: Any) 
         clickhouse.totals()
 
 
-def test_a_closed_database_is_unavailable(name: str) -> None:
-    closed = open_clickhouse(chdb_server.shared_dsn(), name)
+def test_a_read_that_failed_midway_leaves_nothing_to_the_next(clickhouse: ClickHouse) -> None:
+    failing = "SELECT number, throwIf(number = 90000) FROM numbers(100000) SETTINGS max_block_size = 1000"
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            clickhouse._query(failing)
+        assert clickhouse._query("SELECT 1 AS x").to_pylist() == [{"x": 1}]
+
+
+def test_a_closed_database_is_unavailable() -> None:
+    closed = chdb_server.open_fresh()
     closed.close()
     closed.close()
     with pytest.raises(Unavailable):
@@ -136,15 +144,16 @@ def test_a_file_in_place_of_the_folder_is_unavailable(tmp_path: Path) -> None:
         open_clickhouse(f"chdb://{file}", "t")
 
 
-def test_a_second_folder_in_one_process_is_unavailable(clickhouse: ClickHouse, tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="one folder"):
+def test_a_second_folder_in_one_process_is_unavailable(tmp_path: Path) -> None:
+    with closing(chdb_server.open_fresh()), pytest.raises(Unavailable, match="one folder"):
         open_clickhouse(f"chdb://{tmp_path / 'other'}", "t")
 
 
-def test_a_second_process_is_told_who_owns_the_folder(clickhouse: ClickHouse) -> None:
+def test_a_second_process_is_told_who_owns_the_folder() -> None:
     code = "import sys; from render_platform import clickhouse; clickhouse.open_clickhouse(sys.argv[1], 't')"
     command = [sys.executable, "-c", code, chdb_server.shared_dsn()]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    with closing(chdb_server.open_fresh()):
+        found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode
     assert "another process owns the embedded database" in found.stderr
     assert "stop the other process or point RENDER_PLATFORM_CLICKHOUSE_DSN at a server" in found.stderr

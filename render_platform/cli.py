@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import math
 import os
-import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
-from datetime import date, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import click
 
-from render_platform import __version__, console
-from render_platform.clock import DAY_US, hours_between, iso, time_us
-from render_platform.config import Settings, configure_logs, load_settings
+from render_platform import __version__, bridge, console
+from render_platform import up as everything
+from render_platform.clock import DAY_US, hours_between, iso
+from render_platform.config import Settings, load_settings
 from render_platform.demo import Demo
-from render_platform.errors import PlatformError, Unavailable, UsageError
+from render_platform.errors import UsageError
 from render_platform.evidence import Evidence, Verification
-from render_platform.note import Verifier
+from render_platform.gateway.commands import config_option, key, serve, status
+from render_platform.note import Verifier, load_key
 from render_platform.objects import FolderObjects
+from render_platform.options import Group, Time, json_option, plain, print_json, state_option
 from render_platform.pipeline import open_platform
 from render_platform.reconciliation import HourReport, worst
 from render_platform.traces import generated_trace, read_trace
@@ -34,41 +32,8 @@ from render_platform.verification import verify
 MAX_RANGE_US = 3_660 * DAY_US
 STATUS_EXIT = {"reconciled": 0, "discrepant": 1, "unavailable": 3, "pending": 3}
 
-state_option = click.option(
-    "--state", type=click.Path(path_type=Path), help="The state folder [default: RENDER_PLATFORM_STATE_DIR or ./state]."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object or array, for programs.")
 
-
-class _Time(click.ParamType[int]):
-    name = "time"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        try:
-            return time_us(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is not a time such as 2023-11-16T18:00Z", param, ctx)
-
-
-class _Group(click.Group):
-    """Errors of the platform become one line with a remedy, and their exit code; never a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        configure_logs()
-        try:
-            return super().invoke(ctx)
-        except PlatformError as error:
-            click.echo(f"error: {error.message}", err=True)
-            if error.remedy:
-                click.echo(f"  → {error.remedy}", err=True)
-            ctx.exit(error.exit_code)
-        except OSError as error:
-            click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
-            click.echo("  → check that the path exists, is readable and writable, and has space", err=True)
-            ctx.exit(3)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Meters GPU inference, keeps every bill, and proves it years later.
@@ -93,7 +58,7 @@ def demo(trace_path: Path | None, state: Path | None, as_json: bool) -> None:
             finally:
                 stages.close()
     if as_json:
-        _print_json(story.as_json())
+        print_json(story.as_json())
     else:
         console.tell_story(console.person(), story, os.path.relpath(settings.state_dir))
     sys.exit(0 if story.good else 1)
@@ -101,48 +66,31 @@ def demo(trace_path: Path | None, state: Path | None, as_json: bool) -> None:
 
 @main.command()
 @state_option
-@click.option("--port", type=click.IntRange(1, 65_535), help="The UI's port [default: 3000].")
-def up(state: Path | None, port: int | None) -> None:
-    """Start the Dagster UI and its daemon over the state folder, on this machine only."""
-    settings = load_settings(state_dir=state, dagster_port=port)
+@config_option
+@click.option("--port", type=click.IntRange(1, 65_535), help="The Dagster UI's port [default: 3000].")
+@click.option("--gateway-port", type=click.IntRange(1, 65_535), help="The gateway's port [default: 8080].")
+@click.option("--no-load", is_flag=True, help="Send no sample jobs; otherwise one a second.")
+def up(state: Path | None, config: Path | None, port: int | None, gateway_port: int | None, no_load: bool) -> None:
+    """Start gateway, ClickHouse bridge, Dagster's UI and daemon, and a sample load, on this machine only."""
+    settings = load_settings(config=config, state_dir=state, dagster_port=port, gateway_port=gateway_port)
     with open_platform(settings, create=True):
         pass
-    local = _dagster("resources.local")
-    local.LocalDagster(settings).close()  # ends what a killed process left in progress
-    home = settings.dagster_home
-    _hold_up_lock(home / "up.lock")
-    _require_free_port(settings.dagster_port)
-    environment = {
-        **os.environ,
-        "DAGSTER_HOME": str(home),
-        "RENDER_PLATFORM_STATE_DIR": str(settings.state_dir),
-        "PYTHONWARNINGS": "ignore",
-    }
-    click.echo(f"Dagster: http://127.0.0.1:{settings.dagster_port}   state: {settings.state_dir}   stop: Ctrl-C")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` makes its children ignore them
-        signal.signal(number, signal.SIG_DFL)
-    arguments = ["dev", "-w", str(_checkout() / "workspace.yaml"), "-h", "127.0.0.1", "-p", str(settings.dagster_port)]
-    os.chdir(_checkout())
-    os.execve(sys.executable, [sys.executable, "-m", "dagster", *arguments], environment)  # noqa: S606
+    _dagster("resources.local").LocalDagster(settings).close()  # ends what a killed process left in progress
+    sys.exit(everything.run(settings, _checkout(), config=config, load=not no_load))
 
 
-def _hold_up_lock(path: Path) -> None:
-    """One `up` a state folder: two daemons would disturb each other. The lock lives on in the process that follows."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Unavailable("`up` runs over this state folder already", "use that one, or end it first") from None
-    os.set_inheritable(handle, True)
-
-
-def _require_free_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise Unavailable(f"port {port} is taken: {error.strerror}", "give another one with --port") from None
+@main.command()
+@state_option
+@click.option("--port", type=click.IntRange(0, 65_535), default=0, help="The port; 0 is a free one.")
+def clickhouse(state: Path | None, port: int) -> None:
+    """Start the embedded ClickHouse bridge: one process owns the folder, others reach it by its URL file."""
+    settings = load_settings(state_dir=state)
+    if not settings.clickhouse_url.startswith("chdb://"):
+        raise UsageError(
+            "clickhouse_dsn names a server", "unset RENDER_PLATFORM_CLICKHOUSE_DSN to use the embedded one"
+        )
+    folder = Path(settings.clickhouse_url.removeprefix("chdb://"))
+    bridge.serve(folder, port, lambda url: click.echo(f"embedded ClickHouse bridge: {url}   stop: Ctrl-C"))
 
 
 @main.command("verify")
@@ -162,7 +110,7 @@ def verify_command(state: Path | None, deep: bool, vkeys: Sequence[str], as_json
     with console.progress_bars() as progress:
         outcome = _verify(settings, deep, vkeys, progress)
     if as_json:
-        _print_json(outcome.as_json())
+        print_json(outcome.as_json())
     else:
         console.print_verification(console.person(), outcome)
     sys.exit(0 if outcome.verified else 1)
@@ -191,8 +139,8 @@ def _verify(
 
 @main.command()
 @state_option
-@click.option("--from", "start", type=_Time(), help="The first hour, such as 2023-11-16T18:00Z.")
-@click.option("--to", "end", type=_Time(), help="The time before which the last hour begins.")
+@click.option("--from", "start", type=Time(), help="The first hour, such as 2023-11-16T18:00Z.")
+@click.option("--to", "end", type=Time(), help="The time before which the last hour begins.")
 @json_option
 def reconcile(state: Path | None, start: int | None, end: int | None, as_json: bool) -> None:
     """Reconcile hours of the slow path with ClickHouse: every hour that holds events, or those of a range."""
@@ -210,7 +158,7 @@ def reconcile(state: Path | None, start: int | None, end: int | None, as_json: b
             progress("reconcile", done, len(hours))
             reports.append(platform.reconcile(hour))
     if as_json:
-        _print_json([_report_json(report) for report in reports])
+        print_json([_report_json(report) for report in reports])
     elif reports:
         console.print_reports(console.person(), reports)
     else:
@@ -224,11 +172,14 @@ def _report_json(report: HourReport) -> dict[str, Any]:
 
 @main.command()
 @state_option
-@click.option("--attestation", is_flag=True, help="The key of the batches' attestations instead of the log's.")
-def vkey(state: Path | None, attestation: bool) -> None:
-    """Print the log's verifier key: what an auditor pins."""
+@click.option("--attestation", "role", flag_value="attestation", help="The key of the batches' attestations.")
+@click.option("--gateway", "role", flag_value="gateway", help="The key of the gateway's acceptances.")
+def vkey(state: Path | None, role: str | None) -> None:
+    """Print the log's verifier key: what an auditor pins. Or that of another role."""
     with open_platform(load_settings(state_dir=state)) as platform:
-        signer = platform.attestation_signer if attestation else platform.log_signer
+        signer = platform.attestation_signer if role == "attestation" else platform.log_signer
+        if role == "gateway":
+            signer = load_key(platform.settings.keys_dir / "gateway.key")
         click.echo(signer.verifier.vkey)
 
 
@@ -242,29 +193,16 @@ def query(sql: str, state: Path | None, as_json: bool) -> None:
         table = platform.query(sql)
     rows = [{name: _finite(value) for name, value in row.items()} for row in table.to_pylist()]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     click.echo("\t".join(table.column_names))
     for row in rows:
-        click.echo("\t".join(str(_plain(value)) for value in row.values()))
+        click.echo("\t".join(str(plain(value)) for value in row.values()))
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they are shown as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    """Exact and readable: whole decimals as integers, bytes as hex, times in ISO 8601."""
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else str(value)
-    if isinstance(value, bytes):
-        return value.hex()
-    return value.isoformat() if isinstance(value, datetime | date) else str(value)
 
 
 def _checkout() -> Path:
@@ -284,6 +222,11 @@ def _dagster(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed", "install requirements.txt: `make demo` does") from error
+
+
+main.add_command(serve)
+main.add_command(status)
+main.add_command(key)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
-"""Configuration: one typed object, made in one place, from defaults, RENDER_PLATFORM_* variables and options."""
+"""Configuration: one typed object, made in one place.
+
+Defaults, then the TOML file of RENDER_PLATFORM_CONFIG or --config, then RENDER_PLATFORM_* variables, then options. The
+file's tables `backends`, `models` and `issuers` are the gateway's catalogue, and checked there.
+"""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,7 @@ import structlog
 from render_platform.errors import UsageError
 
 _PREFIX = "RENDER_PLATFORM_"
+CATALOGUE_TABLES = ("backends", "models", "issuers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,24 @@ class Settings:
     backlog_rows: int = 5_000
     backlog_age_s: int = 20
     dagster_port: int = 3000
+    gateway_host: str = "127.0.0.1"
+    """Any other address needs API keys or issuers: without them the gateway listens on loopback only."""
+    gateway_port: int = 8080
+    meter: str = "auto"
+    """auto | nvml | wall_clock: what reads the devices of this machine."""
+    max_body_bytes: int = 10 * 1024 * 1024
+    rate_per_s: int = 100
+    """Requests a second that a customer may make, and `burst` at once, where its own terms say nothing else."""
+    burst: int = 1_000
+    output_ttl_s: int = 86_400
+    drain_s: int = 10
+    """How long running jobs may take to end when the gateway is stopped; the next start takes over the rest."""
+    report_every_s: int = 30
+    """How often the gateway tells Dagster of its jobs."""
+    webhook_allow: str = ""
+    """host:port, separated by commas, that webhooks may reach although their addresses are not public."""
+    catalogue: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The file's tables of backends, models and issuers."""
 
     def __post_init__(self) -> None:
         bounds = {
@@ -46,6 +71,13 @@ class Settings:
             "backlog_rows": (1, 10_000_000),
             "backlog_age_s": (1, 86_400),
             "dagster_port": (1, 65_535),
+            "gateway_port": (0, 65_535),
+            "max_body_bytes": (1_024, 1024 * 1024 * 1024),
+            "rate_per_s": (1, 1_000_000),
+            "burst": (1, 1_000_000),
+            "output_ttl_s": (0, 31_536_000),
+            "drain_s": (0, 3_600),
+            "report_every_s": (1, 3_600),
         }
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
@@ -76,20 +108,21 @@ class Settings:
         return self.clickhouse_dsn or f"chdb://{self.state_dir / 'clickhouse'}"
 
 
-def load_settings(environ: Mapping[str, str] | None = None, **options: Any) -> Settings:
-    """Defaults, overridden by the environment, overridden by `options` that are not None.
+def load_settings(environ: Mapping[str, str] | None = None, config: Path | None = None, **options: Any) -> Settings:
+    """Defaults, overridden by the file, by the environment, and by `options` that are not None.
 
-    Raises UsageError naming a variable that is unknown or whose value cannot be read.
+    Raises UsageError naming a key that is unknown, with the nearest known one, or whose value cannot be read.
     """
     environ = os.environ if environ is None else environ
-    known = {f.name: f for f in fields(Settings)}
-    values: dict[str, Any] = {}
+    known = {f.name: f for f in fields(Settings) if f.name != "catalogue"}
+    file = config or (Path(text) if (text := environ.get(f"{_PREFIX}CONFIG")) else None)
+    values = {} if file is None else _read_file(file, {name: f.type for name, f in known.items()})
     for variable, text in environ.items():
-        if not variable.startswith(_PREFIX):
+        if not variable.startswith(_PREFIX) or variable == f"{_PREFIX}CONFIG":
             continue
         name = variable.removeprefix(_PREFIX).lower()
         if name not in known:
-            raise UsageError(f"{variable} is not a setting", f"settings are {', '.join(sorted(known))}")
+            raise UsageError(f"{variable} is not a setting", nearest(name, known))
         values[name] = _parse(variable, text, known[name].type)
     values.update({name: value for name, value in options.items() if value is not None})
     settings = Settings(**values)
@@ -97,6 +130,32 @@ def load_settings(environ: Mapping[str, str] | None = None, **options: Any) -> S
         return replace(settings, state_dir=settings.state_dir.expanduser().resolve())
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"state_dir {settings.state_dir} is not a path: {error}", "give --state a folder") from error
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown key: the known one that is most like it, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1, 0.6)
+    return f"did you mean {close[0]}?" if close else f"settings are {', '.join(names)}"
+
+
+def _read_file(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """A TOML file's settings, and its tables as `catalogue`; a relative state_dir is the file's own folder's."""
+    try:
+        found = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", "give a configuration file that can be read") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}", "see docs/configuration.md for an example") from error
+    values: dict[str, Any] = {"catalogue": {name: found.pop(name) for name in CATALOGUE_TABLES if name in found}}
+    for name, value in found.items():
+        if name not in known:
+            raise UsageError(f"{path}: {name} is not a setting", nearest(name, [*known, *CATALOGUE_TABLES]))
+        if type(value) is not (int if known[name] == "int" else str):
+            kind = "a whole number" if known[name] == "int" else "text"
+            raise UsageError(f"{path}: {name} is {value!r}", f"set it to {kind}")
+        values[name] = path.parent / str(value) if known[name] == "Path" else value
+    return values
 
 
 def configure_logs() -> None:

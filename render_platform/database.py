@@ -7,8 +7,9 @@ interpreter's own may lack the fix for WAL-reset corruption with several writing
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,118 @@ runs = sa.Table(
 )
 
 
+gateways = sa.Table(
+    "gateways",
+    metadata,
+    sa.Column("gateway_id", sa.Text, primary_key=True),
+    sa.Column("epoch", sa.Integer, nullable=False),  # one more at each start
+    sa.Column("lease_until_us", sa.BigInteger, nullable=False),  # later, its jobs may be taken over
+    sa.Column("fast_path_dropped", sa.BigInteger, nullable=False, default=0),  # as of the last renewal
+)
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("job_id", sa.LargeBinary, primary_key=True),
+    sa.Column("gateway_id", sa.Text, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("seq", sa.BigInteger, nullable=False),  # contiguous from 1 in each epoch
+    sa.Column("request_id", sa.LargeBinary, nullable=False),
+    sa.Column("request_digest", sa.LargeBinary, nullable=False),
+    sa.Column("customer_ref", sa.Text, nullable=False),
+    sa.Column("pricing_tier", sa.Text, nullable=False),
+    sa.Column("lane", sa.Text, nullable=False),  # high | normal | low
+    sa.Column("model_name", sa.Text, nullable=False),
+    sa.Column("task", sa.Text, nullable=False),
+    sa.Column("format", sa.Text),
+    sa.Column("backend", sa.Text),  # the one that was asked for
+    sa.Column("webhook", sa.Text),
+    sa.Column("direct", sa.Boolean, nullable=False),  # its client waits on the connection: no body is kept
+    sa.Column("state", sa.Text, nullable=False),  # queued > running > success | error | timeout | cancelled
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("accepted_us", sa.BigInteger, nullable=False),
+    sa.Column("deadline_us", sa.BigInteger, nullable=False),
+    sa.Column("finished_us", sa.BigInteger),
+    sa.Column("error_code", sa.Text),
+    sa.UniqueConstraint("gateway_id", "epoch", "seq"),
+    sa.Index("jobs_unfinished", "state", sqlite_where=sa.text("state IN ('queued', 'running')")),
+    sa.Index("jobs_by_customer", "customer_ref", "job_id"),
+)
+job_bodies = sa.Table(
+    "job_bodies",
+    metadata,
+    sa.Column("job_id", sa.LargeBinary, primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),  # the request, until the job has ended
+)
+job_outputs = sa.Table(
+    "job_outputs",
+    metadata,
+    sa.Column("job_id", sa.LargeBinary, primary_key=True),
+    sa.Column("content_type", sa.Text, nullable=False),
+    sa.Column("output", sa.LargeBinary, nullable=False),
+    sa.Column("expires_us", sa.BigInteger, nullable=False, index=True),
+)
+idempotency_keys = sa.Table(  # never pruned
+    "idempotency_keys",
+    metadata,
+    sa.Column("customer_ref", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("request_digest", sa.LargeBinary, nullable=False),
+    sa.Column("job_id", sa.LargeBinary, nullable=False),
+)
+ingested = sa.Table(  # never pruned: duplicates are decided without a time window
+    "ingested",
+    metadata,
+    sa.Column("event_id", sa.LargeBinary, primary_key=True),  # a UUIDv8 of (source, id)
+    sa.Column("content_digest", sa.LargeBinary, nullable=False),
+)
+webhooks = sa.Table(
+    "webhooks",
+    metadata,
+    sa.Column("job_id", sa.LargeBinary, primary_key=True),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("next_us", sa.BigInteger, index=True),  # null: delivered, or given up
+    sa.Column("status", sa.Integer),  # the last answer's
+)
+
+
+class Prepared:
+    """A statement that is compiled once a dialect, with values by the names of its parameters.
+
+    For the hot path, where SQLAlchemy's work on a statement outweighs the database's.
+    """
+
+    def __init__(self, statement: sa.Insert | sa.Update | sa.Delete | sa.Select[Any], *names: str) -> None:
+        self._statement, self._names = statement, names
+        self._compiled: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any], dict[str, Any]]] = {}
+
+    def run(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """How many rows of the table it inserted or changed, over all of `rows`, which name the same values."""
+        if not rows:
+            return 0
+        sql, values_of, constants = self._compile(connection.dialect)
+        values = [values_of({**constants, **row}) for row in rows] if constants else [values_of(row) for row in rows]
+        return connection.exec_driver_sql(sql, values).rowcount
+
+    def with_values(self, connection: sa.Connection, **row: Any) -> tuple[str, Any]:
+        """What `exec_driver_sql` takes, for a statement that reads."""
+        sql, values_of, constants = self._compile(connection.dialect)
+        return sql, values_of({**constants, **row})
+
+    def _compile(self, dialect: sa.Dialect) -> tuple[str, Callable[[Mapping[str, Any]], Any], dict[str, Any]]:
+        known = self._compiled.get(dialect.name)
+        if known is not None:
+            return known
+        compiled = self._statement.compile(dialect=dialect, column_keys=self._names or None)
+        constants = {name: value for name, value in compiled.params.items() if value is not None}
+        order = compiled.positiontup
+        values_of: Callable[[Mapping[str, Any]], Any] = dict
+        if order is not None:
+            values_of = itemgetter(*order) if len(order) > 1 else lambda row: (row[order[0]],)
+        self._compiled[dialect.name] = str(compiled), values_of, constants
+        return self._compiled[dialect.name]
+
+
 class Database:
     """One SQL database. `read()` and `write()` give a connection inside a transaction."""
 
@@ -194,7 +307,9 @@ def open_sqlite(path: Path) -> Database:
     """
     if not path.exists():
         path.touch(mode=0o600)
-    engine = sa.create_engine(f"sqlite:///{path}", module=sqlite_module, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = sa.create_engine(
+        f"sqlite:///{path}", module=sqlite_module, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True
+    )
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,8 +135,12 @@ class UsageEvent:
 
     def __post_init__(self) -> None:
         """Refuse a record that could not be billed; RecordError names the field."""
-        for field in EVENT_SCHEMA:
-            _check_field(field, getattr(self, field.name))
+        for (name, nullable, good), value in zip(_CHECKS, _values_of(self), strict=True):
+            if value is None:
+                if not nullable:
+                    raise RecordError(name, "is missing")
+            elif not good(value):
+                raise RecordError(name, f"{value!r} is not a valid value", "see docs/formats.md for its type")
         if self.event_time < self.gpu_started_at:
             raise RecordError("event_time", "is before gpu_started_at")
         wall_ns = (self.event_time - self.gpu_started_at) * 1_000
@@ -145,34 +150,33 @@ class UsageEvent:
             )
 
 
-def _check_field(field: pa.Field, value: Any) -> None:
-    if value is None:
-        if not field.nullable:
-            raise RecordError(field.name, "is missing")
-        return
+def _checker(field: pa.Field) -> Callable[[Any], bool]:
+    """Whether a value that is not null is one of this field. Made once a field: events are checked on the hot path."""
     if pa.types.is_int64(field.type) or pa.types.is_timestamp(field.type):
-        good = type(value) is int and 0 <= value < 2**63
-    elif pa.types.is_string(field.type):
-        good = isinstance(value, str) and _text_is_good(field.name, value)
-    elif pa.types.is_fixed_size_binary(field.type):
-        good = isinstance(value, bytes) and len(value) == field.type.byte_width
-    else:
-        good = isinstance(value, uuid.UUID)
-    if not good:
-        raise RecordError(field.name, f"{value!r} is not a valid value", "see docs/formats.md for its type")
+        return lambda value: type(value) is int and 0 <= value < 2**63
+    if field.name in _CHOICES:
+        choices = frozenset(_CHOICES[field.name])
+        return lambda value: isinstance(value, str) and value in choices
+    if pa.types.is_string(field.type):
+        matches = {"customer_ref": _REF, "input_dims": _DIMS}.get(field.name, _TOKEN).fullmatch
+        return lambda value: isinstance(value, str) and matches(value) is not None
+    if pa.types.is_fixed_size_binary(field.type):
+        width = field.type.byte_width
+        return lambda value: isinstance(value, bytes) and len(value) == width
+    return lambda value: isinstance(value, uuid.UUID)
 
 
-def _text_is_good(name: str, value: str) -> bool:
-    if name in _CHOICES:
-        return value in _CHOICES[name]
-    pattern = {"customer_ref": _REF, "input_dims": _DIMS}.get(name, _TOKEN)
-    return pattern.fullmatch(value) is not None
+_CHECKS = [(field.name, field.nullable, _checker(field)) for field in EVENT_SCHEMA]
+_values_of = attrgetter(*COLUMNS)
+_UUIDS = tuple(field.name for field in EVENT_SCHEMA if field.type == pa.uuid())
 
 
 def storage_row(event: UsageEvent) -> dict[str, Any]:
     """The event as SQL and Arrow store it: UUIDs as 16 bytes."""
-    values = ((name, getattr(event, name)) for name in COLUMNS)
-    return {name: value.bytes if isinstance(value, uuid.UUID) else value for name, value in values}
+    row = dict(zip(COLUMNS, _values_of(event), strict=True))
+    for name in _UUIDS:
+        row[name] = row[name].bytes
+    return row
 
 
 def table_from_rows(rows: Sequence[Sequence[Any]]) -> pa.Table:

@@ -197,6 +197,16 @@ def load_or_create_key(path: Path, name: str) -> FileSigner:
         raise Unavailable(f"key file {path}: {error.strerror}", "check the path and its permissions") from error
 
 
+def load_key(path: Path) -> FileSigner:
+    """The key in the file at `path`; UsageError where there is none, and as in `load_or_create_key`."""
+    if not path.exists():
+        raise UsageError(f"{path} is not there", "start what signs with it once")
+    try:
+        return _load_key(path)
+    except OSError as error:
+        raise Unavailable(f"key file {path}: {error.strerror}", "check the path and its permissions") from error
+
+
 def _create_key(path: Path, signer: FileSigner) -> None:
     make_folders(path.parent, mode=0o700)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -16,13 +16,16 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from render_platform.clock import HOUR_US, Ids, hour_of
-from render_platform.database import UNPUBLISHED, Database, batches, customers, lanes, usage_events
+from render_platform.database import UNPUBLISHED, Database, Prepared, batches, customers, lanes, usage_events
 from render_platform.errors import RecordError, UsageError
 from render_platform.events import COLUMNS, Totals, UsageEvent, storage_row, table_from_rows
 
 LIVE = "live"
 """The lane of what happens now; its clock is the machine's."""
 CUSTOMER_CONTEXT = b"render-platform/customer/v1\n"
+_INSERT = Prepared(usage_events.insert(), *COLUMNS, "lane")
+_LANE = Prepared(sa.select(lanes.c.state, lanes.c.frontier_us).where(lanes.c.lane == sa.bindparam("of")))
+_ADVANCE = Prepared(lanes.update().where(lanes.c.lane == sa.bindparam("of")).values(frontier_us=sa.bindparam("to")))
 EVENT_COLUMNS = [usage_events.c[name] for name in COLUMNS]
 
 
@@ -73,10 +76,10 @@ class Outbox:
             frontier = max(frontier, event.recorded_at)
             stamped.append(event if event.recorded_at == frontier else replace(event, recorded_at=frontier))
         try:
-            connection.execute(usage_events.insert(), [{**storage_row(e), "lane": lane} for e in stamped])
+            _INSERT.run(connection, [{**storage_row(event), "lane": lane} for event in stamped])
         except sa.exc.IntegrityError as error:
             raise RecordError("event_id or job_id", "stands in the outbox already") from error
-        connection.execute(lanes.update().where(lanes.c.lane == lane).values(frontier_us=frontier))
+        _ADVANCE.run(connection, [{"of": lane, "to": frontier}])
         return stamped
 
     def open_lane(self, connection: sa.Connection, lane: str, start_us: int, end_us: int | None = None) -> int:
@@ -94,7 +97,7 @@ class Outbox:
         return start_us
 
     def _frontier_of(self, connection: sa.Connection, lane: str, start_us: int) -> int:
-        row = connection.execute(sa.select(lanes).where(lanes.c.lane == lane)).one_or_none()
+        row = connection.exec_driver_sql(*_LANE.with_values(connection, of=lane)).one_or_none()
         if row is None:
             return self.open_lane(connection, lane, start_us)
         if row.state != "open":
@@ -144,6 +147,42 @@ class Outbox:
         with self._database.read() as connection:
             count, highs, lows = connection.execute(query).one()
         return Totals(count, (int(highs or 0) << 32) + int(lows or 0))
+
+    def progress(self) -> dict[str, int]:
+        """How many events are sealed into batches, and how many are under a published checkpoint."""
+        query = sa.select(batches.c.state, sa.func.sum(batches.c.records)).group_by(batches.c.state)
+        with self._database.read() as connection:
+            found: dict[str, int] = {row[0]: int(row[1]) for row in connection.execute(query)}
+        sealed = sum(records for state, records in found.items() if state not in ("filling", "closed"))
+        return {"sealed": sealed, "published": found.get("published", 0)}
+
+    def live_totals(self, start_us: int, end_us: int) -> dict[tuple[str, str, str], Totals]:
+        """The live lane's events recorded in [start_us, end_us), by gateway, model and status.
+
+        Rows that wait are found by their time; sealed ones, whose number only grows, through the batches of that time.
+        """
+        event, batch = usage_events.c, batches.c
+        of = event.gateway_id, event.model_name, event.status
+        of_then = sa.select(batch.batch_id).where(
+            batch.lane == LIVE,
+            batch.hour_us.between(hour_of(start_us), end_us),
+            batch.first_recorded_at.is_(None) | (batch.first_recorded_at < end_us),  # null until it is closed
+            batch.last_recorded_at.is_(None) | (batch.last_recorded_at >= start_us),
+        )
+        totals: dict[tuple[str, str, str], Totals] = {}
+        with self._database.read() as connection:
+            for place in (event.batch_id.is_(None), event.batch_id.in_(of_then)):
+                query = sa.select(
+                    *of,
+                    sa.func.count(),
+                    sa.func.sum(event.gpu_time_ns // 2**32),
+                    sa.func.sum(event.gpu_time_ns % 2**32),
+                ).where(event.lane == LIVE, event.recorded_at >= start_us, event.recorded_at < end_us, place)
+                for gateway, model, status, count, high, low in connection.execute(query.group_by(*of)):
+                    known = totals.get((gateway, model, status), Totals(0, 0))
+                    ns = known.gpu_time_ns + (int(high) << 32) + int(low)
+                    totals[gateway, model, status] = Totals(known.events + count, ns)
+        return totals
 
     def names(self) -> dict[str, str]:
         """`customer_ref` → `issuer/customer_id`, for people who may see it."""

@@ -233,7 +233,13 @@ def sound_events(rng: random.Random, count: int, start_us: int = START_US, span_
 def billed_twice(rng: random.Random) -> list[UsageEvent]:
     """Two jobs at the same time on one device, each billed for the whole of it."""
     times = {"gpu_started_at": START_US, "event_time": START_US + 1_000_000, "recorded_at": START_US + 1_000_000}
-    same: dict[str, Any] = {**times, "device_uuid": "GPU-0", "gpu_count": 1, "gpu_time_ns": 1_000_000_000}
+    same: dict[str, Any] = {
+        **times,
+        "device_uuid": "GPU-0",
+        "gpu_count": 1,
+        "gpu_time_ns": 1_000_000_000,
+        "meter": "nvml",
+    }
     return [make_event(rng, **same) for _ in range(2)]
 
 

@@ -1,0 +1,117 @@
+"""The gateway as an ASGI application, and its server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import swagger_ui
+import uvicorn
+from litestar import Litestar, Router
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from litestar.static_files import create_static_files_router
+
+from render_platform.errors import PlatformError
+from render_platform.gateway import edge
+from render_platform.gateway.document import ASSETS, complete, openapi_config
+from render_platform.gateway.edge import Durations, Edge
+from render_platform.gateway.job_routes import JOB_ROUTES
+from render_platform.gateway.openai_routes import OPENAI_ROUTES
+from render_platform.gateway.operations import OPERATION_ROUTES
+from render_platform.gateway.service import Gateway
+
+
+def create_app(gateway: Gateway) -> Edge:
+    """The application over an open gateway; it starts and stops with the application's lifespan."""
+    durations = Durations()
+
+    @asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        await gateway.start()
+        try:
+            yield
+        finally:
+            await gateway.stop()
+
+    app = Litestar(
+        [JOB_ROUTES, OPENAI_ROUTES, *OPERATION_ROUTES, _assets()],
+        request_class=edge.JsonRequest,
+        lifespan=[lifespan],
+        state=State({"gateway": gateway, "durations": durations}),
+        openapi_config=openapi_config(),
+        exception_handlers={
+            HTTPException: edge.on_http_exception,
+            PlatformError: edge.on_platform_error,
+            Exception: edge.on_defect,
+        },
+        request_max_body_size=gateway.settings.max_body_bytes,
+        logging_config=None,
+    )
+    complete(app.openapi_schema)
+    return Edge(app, gateway, durations)
+
+
+def _assets() -> Router:
+    folder = Path(swagger_ui.__file__).with_name("static")
+    return create_static_files_router(path=ASSETS, directories=[folder], include_in_schema=False)
+
+
+class _Server(uvicorn.Server):
+    """Ends by SIGINT and SIGTERM with an exit code of its own, where uvicorn's would die of the signal in the end."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def server_config(gateway: Gateway) -> uvicorn.Config:
+    """How an open gateway is served, on the loop that it was made on."""
+    settings = gateway.settings
+    return uvicorn.Config(
+        create_app(gateway),
+        host=settings.gateway_host,
+        port=settings.gateway_port,
+        http="httptools",
+        loop="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=settings.drain_s + 5,
+        timeout_keep_alive=75,
+        backlog=2_048,
+    )
+
+
+async def serve(gateway: Gateway, ready: Callable[[str], None]) -> int:
+    """Serve until SIGINT or SIGTERM; the exit code. `ready` is told the URL once requests are taken."""
+    server = _Server(server_config(gateway))
+    loop = asyncio.get_running_loop()
+    serving = loop.create_task(server.serve())
+    watching = loop.create_task(_stop_when_broken(gateway, server))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if server.started:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        ready(f"http://{gateway.settings.gateway_host}:{port}")
+    await serving
+    watching.cancel()
+    return 3 if gateway.writer.died.is_set() or not server.started else 0
+
+
+async def _stop_when_broken(gateway: Gateway, server: uvicorn.Server) -> None:
+    """Without its writer the gateway can keep no promise: it stops, and says so by its exit code."""
+    await gateway.writer.died.wait()
+    server.should_exit = True

@@ -1,0 +1,255 @@
+"""The gateway as a whole: its parts, put together over one state folder, started and stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import ipaddress
+import itertools
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO
+
+import sqlalchemy as sa
+import structlog
+
+from render_platform.clickhouse import ClickHouse, open_clickhouse
+from render_platform.clock import US_PER_SECOND, Clock, Ids, SystemClock, SystemIds, uuid7
+from render_platform.config import Settings
+from render_platform.database import gateways, job_outputs, open_sqlite
+from render_platform.errors import PlatformError, Unavailable, UsageError
+from render_platform.events import UsageEvent
+from render_platform.gateway.archive import LEASE_US, Archive, Recovered
+from render_platform.gateway.backends import Backend
+from render_platform.gateway.catalogue import BackendSpec, Catalogue, make_catalogue
+from render_platform.gateway.engine import Engine
+from render_platform.gateway.fleet import Device, Fleet, Server, never_ran
+from render_platform.gateway.identity import ApiKeys, Customers, Identity
+from render_platform.gateway.ingest import Ingest
+from render_platform.gateway.jobs import Job
+from render_platform.gateway.limits import Buckets
+from render_platform.gateway.meters import DeviceMeter, open_meter
+from render_platform.gateway.openai_backend import OpenAiBackend
+from render_platform.gateway.outbound import Outbound, SystemResolver
+from render_platform.gateway.publisher import Publisher
+from render_platform.gateway.reporter import Reporter
+from render_platform.gateway.simulated_backend import SimulatedBackend
+from render_platform.gateway.store import Do, JobStore, Operation
+from render_platform.gateway.tokens import Issuer, Tokens
+from render_platform.gateway.triton import TritonBackend
+from render_platform.gateway.webhooks import Deliveries
+from render_platform.gateway.writer import Writer
+from render_platform.note import load_or_create_key
+from render_platform.outbox import Outbox
+
+BackendFactory = Callable[[BackendSpec], Backend]
+KINDS: dict[str, BackendFactory] = {
+    "openai": OpenAiBackend,
+    "triton": TritonBackend,
+    "simulated": SimulatedBackend,
+}
+EXPIRED_AT_ONCE = 100
+RECOVERED_AT_ONCE = 500
+_log = structlog.get_logger()
+
+
+class Gateway:
+    """Everything that the routes need. Made on the loop that it runs on; `start` before use, `stop` at the end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Clock | None = None,
+        ids: Ids | None = None,
+        kinds: dict[str, BackendFactory] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.clock, self.ids = clock or SystemClock(), ids or SystemIds()
+        self.catalogue = make_catalogue(settings.catalogue)
+        self._lock = _lock(settings.state_dir / "gateway.lock")
+        self.database = open_sqlite(settings.database_path)
+        self.outbox = Outbox(self.database, self.ids)
+        self.archive = Archive(self.database, self.clock, self.ids)
+        self.keys = ApiKeys(self.database, self.clock, self.ids)
+        self.customers = Customers(self.database)
+        self.anonymous = not self.catalogue.issuers and not self.keys.list()
+        _require_loopback(settings.gateway_host, self.anonymous)
+        self.identity = Identity(
+            self.keys, Tokens(_issuers(self.catalogue)), self.customers, self.clock, self.anonymous
+        )
+        self.buckets = Buckets()
+        self.meter = open_meter(settings.meter)
+        self.fleet = _fleet(self.catalogue, self.meter, kinds or KINDS)
+        self.gateway_id, self.epoch, self._dropped_before = self.archive.begin_epoch()
+        self.signer = load_or_create_key(settings.keys_dir / "gateway.key", f"render-platform.local/{self.gateway_id}")
+        self.store = JobStore(self.outbox, self.clock, self.ids, self.gateway_id, self.epoch)
+        self.writer: Writer[Operation] = Writer(self.database, self.store, asyncio.get_running_loop())
+        self.publisher = Publisher(self._open_clickhouse, self.clock, settings.fast_path_deadline_s)
+        dagster = f"http://127.0.0.1:{settings.dagster_port}"
+        self.reporter = Reporter(dagster, self.clock, self.gateway_id, self.epoch, settings.report_every_s)
+        allowed = frozenset(filter(None, settings.webhook_allow.split(",")))
+        outbound = Outbound(SystemResolver(), allowed)
+        self.deliveries = Deliveries(
+            self.database, self.writer, outbound, self.customers, self.clock, self.ids, allowed
+        )
+        self.ingest = Ingest(self.outbox, self.ids, self.clock)
+        self.now_ns = _steady_ns()
+        self.ended: Counter[tuple[str, str]] = Counter()
+        """Jobs that ended since the start, by model and status."""
+        self.gpu_time_ns: Counter[str] = Counter()
+        self.engine = Engine(
+            self.fleet,
+            self.writer,
+            self.clock,
+            self.ids,
+            now_ns=self.now_ns,
+            output_ttl_s=settings.output_ttl_s,
+            on_end=self._ended,
+        )
+        self._background: list[asyncio.Task[None]] = []
+        self.broken: list[str] = []
+        """Background work that ended by a defect."""
+
+    async def start(self) -> None:
+        """Open backends, take over what a former epoch left, and begin. UsageError where a backend is misconfigured."""
+        self.writer.start()
+        for server in self.fleet.servers.values():
+            try:
+                await server.backend.start()
+            except Unavailable as error:
+                _log.warning("backend_unavailable", backend=server.spec.name, error=str(error))
+        await self._recover()
+        self.publisher.start()
+        for work in (self._keep_lease(), self.reporter.run(), self.deliveries.run()):
+            self._background.append(asyncio.create_task(work))
+            self._background[-1].add_done_callback(self._background_ended)
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        """Work that goes on for ever has ended: on purpose, or by a defect, which must be seen."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            name = str(task.get_coro())
+            self.broken.append(name)
+            _log.error("background_work_ended", work=name, exc_info=error)
+
+    async def _recover(self) -> None:
+        """Queued jobs of former epochs run; running ones run again, or end visibly where they cannot."""
+        found = self.archive.unfinished(self.catalogue)
+        count = 0
+        while batch := await asyncio.to_thread(lambda: list(itertools.islice(found, RECOVERED_AT_ONCE))):
+            count += len(batch)
+            await asyncio.gather(*(self._resume(recovered) for recovered in batch))
+        if count:
+            _log.info("jobs_recovered", jobs=count)
+
+    async def _resume(self, recovered: Recovered) -> None:
+        job = recovered.job
+        if recovered.lost:
+            text = "the gateway was restarted, and the job cannot be run again"
+            await self.engine.end_recovered(job, never_ran("error", recovered.lost, text, 502, self.now_ns()))
+        else:
+            self.engine.enqueue(job, again=job.attempt > 0)
+
+    async def stop(self) -> None:
+        """Let running jobs end, write what is left to write, and close everything."""
+        await self.engine.drain(self.settings.drain_s)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.to_thread(self.publisher.stop, 5.0)
+        with contextlib.suppress(PlatformError):
+            await self.writer.submit(Do(self._renew))
+        await self.writer.stop()
+        for server in self.fleet.servers.values():
+            await server.backend.close()
+        self.meter.close()
+        self.database.close()
+        self._lock.close()
+
+    def request_id(self, given: str | None) -> uuid.UUID:
+        """The client's own id where it is a UUID, else a new one."""
+        with contextlib.suppress(ValueError):
+            return uuid.UUID(given or "")
+        return uuid7(self.clock.now_us(), self.ids)
+
+    def _open_clickhouse(self) -> ClickHouse:
+        settings = self.settings
+        return open_clickhouse(settings.clickhouse_url, settings.clickhouse_database, settings.retention_days)
+
+    def _ended(self, job: Job, event: UsageEvent) -> None:
+        """After the commit of a job's end."""
+        self.ended[job.model.name, event.status] += 1
+        self.gpu_time_ns[job.model.name] += event.gpu_time_ns
+        self.publisher.offer(event)
+        self.reporter.count(event)
+        if job.request.webhook:
+            self.deliveries.wake()
+
+    async def _keep_lease(self) -> None:
+        """Say that this gateway lives, and delete outputs whose time is over."""
+        while True:
+            await asyncio.sleep(LEASE_US / 3 / US_PER_SECOND)
+            with contextlib.suppress(PlatformError):  # the writer has said so; the next renewal may do
+                await self.writer.submit(Do(self._renew))
+
+    def _renew(self, connection: sa.Connection) -> None:
+        now_us = self.clock.now_us()
+        dropped = self._dropped_before + self.publisher.dropped
+        values = {"lease_until_us": now_us + LEASE_US, "fast_path_dropped": dropped}
+        connection.execute(gateways.update().filter_by(gateway_id=self.gateway_id).values(**values))
+        expired = sa.select(job_outputs.c.job_id).where(job_outputs.c.expires_us < now_us).limit(EXPIRED_AT_ONCE)
+        connection.execute(job_outputs.delete().where(job_outputs.c.job_id.in_(expired)))
+
+
+def _lock(path: Path) -> IO[str]:
+    """One gateway a state folder. The lock is the kernel's: it ends with its process, however that ends."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle = path.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise Unavailable(f"another gateway serves {path.parent}", "use that one, or end it first") from None
+    return handle
+
+
+def _require_loopback(host: str, anonymous: bool) -> None:
+    loopback = host == "localhost"
+    with contextlib.suppress(ValueError):
+        loopback = loopback or ipaddress.ip_address(host).is_loopback
+    if anonymous and not loopback:
+        raise UsageError(
+            f"gateway_host is {host}, and there are no API keys and no issuers",
+            "make a key with `render-platform key create`, or listen on 127.0.0.1",
+        )
+
+
+def _issuers(catalogue: Catalogue) -> list[Issuer]:
+    return [
+        Issuer(alias, spec.issuer, spec.audience, spec.claim, Path(spec.jwks_file))
+        for alias, spec in catalogue.issuers.items()
+    ]
+
+
+def _fleet(catalogue: Catalogue, meter: DeviceMeter, kinds: Mapping[str, BackendFactory]) -> Fleet:
+    """A server a backend. Backends that name one device share its ledger; others have a device of their own."""
+    sharing: dict[str, list[BackendSpec]] = defaultdict(list)
+    for name, spec in catalogue.backends.items():
+        sharing[spec.device or f"backend/{name}"].append(spec)
+    servers = []
+    for device_name, specs in sharing.items():
+        slots = sum(spec.parallel for spec in specs) if all(spec.parallel for spec in specs) else None
+        device = Device(device_name, meter, slots)
+        servers += [Server(kinds[spec.kind](spec), device) for spec in specs]
+    return Fleet(servers)
+
+
+def _steady_ns() -> Callable[[], int]:
+    """Nanoseconds since 1970 that never go back: the clock at the start, and what a monotonic one adds to it."""
+    offset = time.time_ns() - time.monotonic_ns()
+    return lambda: offset + time.monotonic_ns()

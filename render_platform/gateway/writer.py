@@ -1,0 +1,166 @@
+"""Grouped writes: one transaction serves all operations of the same few milliseconds.
+
+Operations wait in a queue while a commit is under way, and the next commit takes them all. None is answered before its
+commit: what is awaited here is durable when it returns. A crash before the commit: none of the group happened, and
+nobody was told otherwise. After it: all of them did, and a client that was not told finds out by its idempotency key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import sqlalchemy as sa
+import structlog
+
+from render_platform.database import Database
+from render_platform.errors import PlatformError, Unavailable
+
+MAX_GROUP = 1_000
+ASK_AGAIN_S, MOST_ASKS = 0.2, 300
+"""How often, and how many times, the database is asked whether a commit stands that failed."""
+LINGER_S = 0.001
+
+Op = TypeVar("Op", contravariant=True)
+_log = structlog.get_logger()
+
+
+class Applier(Protocol[Op]):
+    """What turns operations into SQL."""
+
+    def apply(self, connection: sa.Connection, operations: Sequence[Op]) -> list[Any]:
+        """Do all of `operations`; give one result each, where an error is a result and has changed nothing.
+
+        What it raises undoes the whole group. State of its own that depends on the commit is set in `committed`.
+        """
+        ...
+
+    def committed(self) -> None: ...
+
+    def stands(self, connection: sa.Connection) -> bool:
+        """Whether what `apply` did last is in SQL, where its commit failed and may be there all the same."""
+        ...
+
+
+class Writer(Generic[Op]):
+    """One thread that writes; any number of tasks of one loop that wait for it."""
+
+    def __init__(self, database: Database, applier: Applier[Op], loop: asyncio.AbstractEventLoop) -> None:
+        self._database, self._applier, self._loop = database, applier, loop
+        self._queue: queue.SimpleQueue[tuple[Op, asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._group: list[tuple[Op, asyncio.Future[Any]]] = []
+        self._over = False
+        self.died = asyncio.Event()
+        self.groups = 0
+        self.operations = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, operation: Op) -> asyncio.Future[Any]:
+        """The operation's result, after its commit. Cancelling the future does not take the operation back.
+
+        Unavailable: the operation is not in SQL, unless the writer has died meanwhile: then nobody knows.
+        """
+        future = self._loop.create_future()
+        if self._over:
+            future.set_exception(_gone())
+        else:
+            self._queue.put((operation, future))
+        return future
+
+    async def stop(self) -> None:
+        """Write what was submitted before, and end the thread."""
+        self._over = True
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            self._write_until_stopped()
+        except BaseException:  # a defect of ours: nothing can be written any more, and whoever owns this must know
+            self._loop.call_soon_threadsafe(self._die)
+            raise
+
+    def _die(self) -> None:
+        self._over = True
+        self.died.set()
+        waiting = self._group
+        while not self._queue.empty():
+            if pair := self._queue.get_nowait():
+                waiting.append(pair)
+        _resolve([(future, _gone()) for _, future in waiting])
+
+    def _write_until_stopped(self) -> None:
+        going, crowded = True, False
+        while going:
+            group = [self._queue.get()]
+            if crowded:  # others come as often as commits do: a moment's wait makes one commit of several
+                time.sleep(LINGER_S)
+            while len(group) < MAX_GROUP and not self._queue.empty():
+                group.append(self._queue.get())
+            pairs = [pair for pair in group if pair is not None]
+            going, crowded = len(pairs) == len(group), len(group) > 1
+            if pairs:
+                self._group = pairs
+                results = self._write([operation for operation, _ in pairs])
+                self._tell(list(zip((future for _, future in pairs), results, strict=True)))
+
+    def _write(self, operations: list[Op]) -> list[Any]:
+        """A group that fails as a whole is tried one by one, so that a bad operation fails alone."""
+        results: list[Any] | None = None
+        try:
+            with self._database.write() as connection:
+                results = self._applier.apply(connection, operations)
+        except (sa.exc.SQLAlchemyError, PlatformError) as error:
+            _log.warning("write_failed", operations=len(operations), error=type(error).__name__)
+            if results is None or not self._stands():
+                if isinstance(error, Unavailable) or len(operations) == 1:
+                    return [_as_platform_error(error)] * len(operations)
+                return [result for operation in operations for result in self._write([operation])]
+        self._applier.committed()
+        self.groups += 1
+        self.operations += len(operations)
+        return results
+
+    def _stands(self) -> bool:
+        """Whether a commit that failed is in SQL: a disk or a connection may fail after it. Nothing is written before
+        that is known; where it cannot be known, the writer dies, and the next start finds what stands."""
+        for _ in range(MOST_ASKS):
+            try:
+                with self._database.read() as connection:
+                    return self._applier.stands(connection)
+            except Unavailable:
+                time.sleep(ASK_AGAIN_S)
+        raise Unavailable("nobody can tell whether a commit stands", "check the disk, and start the gateway again")
+
+    def _tell(self, told: list[tuple[asyncio.Future[Any], Any]]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(_resolve, told)
+        except RuntimeError:  # the loop has ended: nobody waits any more
+            _log.warning("writer_without_a_loop", operations=len(told))
+
+
+def _as_platform_error(error: Exception) -> PlatformError:
+    if isinstance(error, PlatformError):
+        return error
+    return Unavailable(f"the database refused a write: {type(error).__name__}", "see the log of the gateway")
+
+
+def _gone() -> Unavailable:
+    return Unavailable("the database writer has ended", "start the gateway again")
+
+
+def _resolve(told: list[tuple[asyncio.Future[Any], Any]]) -> None:
+    for future, result in told:
+        if future.done():  # cancelled while it waited
+            continue
+        if isinstance(result, PlatformError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

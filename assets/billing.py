@@ -10,11 +10,15 @@ from resources.platform import PlatformResource
 gpu_jobs = dg.AssetSpec(
     "gpu_jobs",
     group_name="serving",
-    description="Finished GPU jobs. One row is one job's usage event in the outbox, committed with the job's end.",
+    description=(
+        "Finished GPU jobs. One row is one job's usage event in the outbox, committed with the job's end. A "
+        "materialization says how many jobs a gateway committed in a range of recorded_at, by model and status."
+    ),
     kinds={"sqlite"},
     owners=["team:serving"],
+    metadata={"dagster/column_schema": views.event_columns()},
 )
-"""Written by the serving component with the end of each job; never computed by Dagster."""
+"""Written by the serving component with the end of each job, and reported by it; never computed by Dagster."""
 
 
 @dg.asset(

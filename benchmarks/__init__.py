@@ -1,0 +1,1 @@
+"""Benchmarks that anyone can run again: each installs what it compares with, and states machine and versions."""

@@ -43,17 +43,19 @@ LOOPBACK = "127.0.0.1"
 
 GUARD = """
 import os, signal, sys, time
-def in_group(pid):
+def lives_here(pid):
     try:
-        return os.getpgid(pid) == os.getpgrp()
-    except ProcessLookupError:
+        with open(f"/proc/{pid}/stat") as file:
+            state, _, group = file.read().rpartition(")")[2].split()[:3]
+    except OSError:
         return False
+    return state != "Z" and int(group) == os.getpgrp()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 sys.stdin.buffer.read()  # ends when the other end is gone, whatever became of its process
 os.killpg(0, signal.SIGTERM)
 until = time.monotonic() + 5
-while time.monotonic() < until and sum(in_group(int(name)) for name in os.listdir("/proc") if name.isdigit()) > 1:
+while time.monotonic() < until and sum(lives_here(name) for name in os.listdir("/proc") if name.isdigit()) > 1:
     time.sleep(0.1)
 os.killpg(0, signal.SIGKILL)
 """

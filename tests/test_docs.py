@@ -22,6 +22,8 @@ from render_platform.config import Settings, load_settings
 from render_platform.entries import FIELDS
 from render_platform.errors import UsageError
 from render_platform.events import EVENT_SCHEMA
+from render_platform.gateway import acceptance
+from render_platform.gateway.catalogue import make_catalogue
 
 CHECKOUT = Path(__file__).parents[1]
 README = CHECKOUT / "README.md"
@@ -119,9 +121,12 @@ def code(cell: str) -> str:
 
 
 def resolve(name: str) -> Any:
-    """What `render_platform.module.Class.method` names."""
-    package, module, *rest = name.split(".")
-    found = importlib.import_module(f"{package}.{module}")
+    """What `render_platform.module.Class.method` names; a package of modules may stand between."""
+    package, *rest = name.split(".")
+    found: Any = importlib.import_module(package)
+    while hasattr(found, "__path__") and rest:
+        package = f"{package}.{rest.pop(0)}"
+        found = importlib.import_module(package)
     for part in rest:
         found = getattr(found, part)
     return found
@@ -282,20 +287,33 @@ def test_the_fields_of_an_audit_entry() -> None:
     assert [code(row[0]) for row in table(FORMATS, "field", "type", "meaning")] == list(FIELDS)
 
 
+def test_the_fields_of_an_acceptance() -> None:
+    assert [code(row[0]) for row in table(FORMATS, "acceptance field", "type", "meaning")] == list(acceptance.FIELDS)
+
+
 def test_the_settings() -> None:
     rows = table(CHECKOUT / "docs/configuration.md", "variable", "default", "range", "meaning")
     documented = {code(row[0]).removeprefix("RENDER_PLATFORM_").lower(): row for row in rows}
-    assert list(documented) == [field.name for field in fields(Settings)]
-    for field in fields(Settings):
+    settings = [field for field in fields(Settings) if field.name != "catalogue"]
+    assert list(documented) == [field.name for field in settings]
+    for field in settings:
         _, default, bounds, _ = documented[field.name]
         assert ("" if default == "(empty)" else code(default)) == str(field.default)
         if bounds:
             low, high = map(int, bounds.split(" to "))
             for inside in (low, high):
-                load_settings({}, **{field.name: inside})
+                load_settings({}, None, **{field.name: inside})
             for outside in (low - 1, high + 1):
                 with pytest.raises(UsageError):
-                    load_settings({}, **{field.name: outside})
+                    load_settings({}, None, **{field.name: outside})
+
+
+def test_the_example_of_a_catalogue_is_one(tmp_path: Path) -> None:
+    text = (CHECKOUT / "docs/configuration.md").read_text()
+    file = tmp_path / "example.toml"
+    file.write_text(text.split("```toml\n")[1].split("```")[0])
+    catalogue = make_catalogue(load_settings({}, config=file).catalogue)
+    assert catalogue.resolve("black-forest-labs/FLUX.1-dev") is catalogue.models["flux-dev"]
 
 
 def capabilities() -> Sequence[Row]:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from render_platform.gateway.edge import BUCKETS_S, AnyRequest, Durations, caller_of, gateway_of, identify, meters_only
-from render_platform.gateway.ingest import parse
+from render_platform.gateway.ingest import authorise, parse
 from render_platform.gateway.scheduling import LANES
 from render_platform.gateway.service import Gateway
 from render_platform.gateway.store import Do
@@ -94,6 +94,7 @@ async def ingest_events(request: AnyRequest) -> None:
     """Usage from elsewhere as CloudEvents, one or a batch. 204 means that all of them are durable."""
     gateway, caller = gateway_of(request), caller_of(request)
     events = await asyncio.to_thread(parse, await request.body(), request.headers.get("content-type", ""))
+    authorise(caller, events)
     recorded = await gateway.writer.submit(Do(lambda connection: gateway.ingest.record(connection, caller, events)))
     for event in recorded:
         gateway.publisher.offer(event)

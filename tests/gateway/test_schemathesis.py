@@ -1,0 +1,95 @@
+"""The OpenAPI document and the gateway agree: whatever is sent, each answer is one that the document knows."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import given, seed, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import positive_data_acceptance
+
+from render_platform.gateway.identity import ANY, Terms
+from tests.conftest import SEED
+from tests.gateway.http import CHAT, Running, running
+from tests.gateway.test_operations import usage
+
+EXAMPLES = 25
+CHAT_MODEL = {"modality": "text", "family": "llama", "model": "llama-8b", "task": "chat"}
+OWNED_MODEL = {**CHAT_MODEL, "owner": "meta-llama", "model": "Llama-3.1-8B-Instruct"}
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]]:
+    """A gateway that asks for keys, and one that opens everything; its limits are never reached."""
+    folder = tmp_path_factory.mktemp("document") / "state"
+    terms = Terms(priority_max="high", rate_per_s=100_000, burst=100_000)
+    with running(folder) as made:
+        create, bound = made.gateway.keys.create, {"sources": ["rack-7"], "customers": [ANY]}
+        key = made.call(lambda: create("acme", ["customer", "meter"], terms, **bound))
+    with running(folder) as made:
+        yield made, key
+
+
+def number_of(given: Any) -> int:
+    return zlib.crc32(str(given).encode("utf-8", "surrogatepass"))
+
+
+def load(at: Running, mode: GenerationMode, jobs: list[str]) -> Any:
+    """The document. What is valid by it names what is there, two times of three: else it would end at a 404."""
+    api = schemathesis.openapi.from_url(f"{at.url}/schema/openapi.json")
+    api.config.generation.with_security_parameters = False  # the test brings its own
+    api.config.checks.negative_data_rejection.expected_statuses = ["400", "401", "403", "404", "414", "415", "422"]
+    if mode == GenerationMode.NEGATIVE:
+        return api
+
+    def known(given: Any, there: dict[str, Any]) -> Any:
+        if not isinstance(given, dict) or number_of(given) % 3 == 0:
+            return given
+        return {name: there.get(name, value) for name, value in given.items()}
+
+    @api.hook
+    def map_path_parameters(context: Any, path_parameters: Any) -> Any:
+        model = OWNED_MODEL if "owner" in (path_parameters or ()) else CHAT_MODEL
+        return known(path_parameters, {**model, "job_id": jobs[number_of(path_parameters) % len(jobs)]})
+
+    @api.hook
+    def map_body(context: Any, body: Any) -> Any:
+        if isinstance(body, dict) and "data" in body:
+            return known(body, usage())
+        if isinstance(body, dict) and context.operation.path.startswith("/{modality}"):
+            return {**body, **CHAT}
+        return known(body, {"model": "llama-8b", **CHAT})
+
+    return api
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_every_answer_is_in_the_document(at: tuple[Running, str], mode: Any, subtests: pytest.Subtests) -> None:
+    gateway, key = at
+    client = gateway.client(key)
+    jobs = [client.queue(input={**CHAT, **more})["id"] for more in ({}, {"do": "fail"})]
+    for job_id in jobs:
+        client.ended(job_id)
+    checked = 0
+    for found in load(gateway, mode, jobs).get_all_operations():
+        operation = found.ok()
+        if mode == GenerationMode.NEGATIVE and not (operation.body or operation.query or operation.path_parameters):
+            continue  # nothing that could be wrong
+        checked += 1
+        with subtests.test(operation.label):
+
+            @seed(SEED)
+            @settings(max_examples=EXAMPLES)
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                # valid by the document is not yet valid: a model must exist, a time must lie in the past
+                excluded = [positive_data_acceptance]
+                headers = {"Authorization": f"Bearer {key}"}
+                case.call_and_validate(headers=headers, excluded_checks=excluded, timeout=20)
+
+            check()
+    assert checked >= 13

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from render_platform.errors import Finding
 
 MAX_DEPTH = 128
+_UNFIT = re.compile(r"[\x00\ud800-\udfff]")
 
 
 def encode(value: Mapping[str, Any]) -> bytes:
@@ -59,7 +61,7 @@ def _refuse(value: Any, where: str, depth: int = 0) -> None:
     if value is None or isinstance(value, bool | int):
         return
     if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+        if _UNFIT.search(value):
             raise Finding(f"{where} holds NUL or a lone surrogate")
     elif isinstance(value, Mapping):
         for key, item in value.items():

@@ -12,6 +12,7 @@ import base64
 import binascii
 import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ MAX_SIGNATURES = 100
 MAX_KEY_FILE_BYTES = 4096
 _ED25519 = b"\x01"
 _DASH = "— "
+_UNFIT = re.compile(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -274,8 +276,7 @@ def _parse_signature(line: str) -> tuple[str, bytes, bytes]:
 
 def _is_text(text: str) -> bool:
     """Whether `text` is UTF-8 lines without control characters, the last one ended too."""
-    unfit = any((char < " " and char != "\n") or "\ud800" <= char <= "\udfff" for char in text)
-    return text.endswith("\n") and not unfit
+    return text.endswith("\n") and _UNFIT.search(text) is None
 
 
 def _is_name(name: str) -> bool:

@@ -6,9 +6,8 @@
 - Accept, Start and Finish are journalled (see `store`); what is between them is memory, and lost with the process.
 - Every decision about a job is made here, on one thread, so that two of them never cross; `Finish` decides again in
   SQL, so that another process cannot cross either.
-- A crash before Accept's commit: the client has no answer, and no job stands. After it: the job is in SQL and runs at
-  the next start. During an attempt: the next start runs it again, or fails it visibly (see `recovery`). Before Finish's
-  commit: the same. After it: the end stands, with its one usage event.
+- A crash before Accept's commit: no answer, and no job. After it: the job runs at the next start; where it had begun,
+  it runs again or fails visibly. After Finish's commit: the end stands, with its one usage event.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from render_platform.events import UsageEvent
 from render_platform.gateway.backends import Attempt
 from render_platform.gateway.catalogue import ModelSpec
 from render_platform.gateway.fleet import Fleet, Server, never_ran, not_run
-from render_platform.gateway.jobs import Job, Outcome, Request
+from render_platform.gateway.jobs import MAX_HELD_BYTES, Job, LiveJobs, Outcome, Request
 from render_platform.gateway.limits import backoff_us
 from render_platform.gateway.problems import Draining, NoBackend, QueueFull
 from render_platform.gateway.scheduling import Queue
@@ -66,7 +65,7 @@ class Engine:
         self._timers: dict[uuid.UUID, asyncio.TimerHandle] = {}
         self._wakes: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.jobs: dict[uuid.UUID, Job] = {}
+        self.jobs = LiveJobs()
         self._ended: OrderedDict[uuid.UUID, Job] = OrderedDict()
         self.service_us: dict[str, int] = {}
         """A model's time a job, on a moving average: what an ETA is made of."""
@@ -103,6 +102,8 @@ class Engine:
             raise Draining("the gateway is stopping", "try again in a few seconds")
         if len(self._queues[key]) + self._accepting[key] >= model.max_queue:
             raise QueueFull(f"{model.max_queue} jobs wait for {model.name}", "try again later")
+        if self.jobs.held_bytes >= MAX_HELD_BYTES:
+            raise QueueFull("the requests of waiting jobs fill the memory that they may have", "try again later")
         closed_us = self.fleet.retry_after_us(model, key[1], now_us)
         if closed_us is not None:
             raise NoBackend(model.name, -(-closed_us // US_PER_SECOND))
@@ -126,7 +127,7 @@ class Engine:
             self._give_up(key, slot)
             return self.find(standing) or standing, False
         self._accepting[key] -= 1
-        self.jobs[job.job_id] = job
+        self.jobs.hold(job)
         if slot is not None:
             job.attempt = 1
             self._spawn(self._work(job, *slot))
@@ -161,7 +162,7 @@ class Engine:
         key = (job.model.name, job.request.backend)
         waiting = self._queues[key]
         (waiting.put_back if again else waiting.put)(job.job_id, job.customer_ref, job.request.lane)
-        self.jobs[job.job_id] = job
+        self.jobs.hold(job)
         job.state = "queued"
         left_s = (job.deadline_us - self.clock.now_us()) / US_PER_SECOND
         self._timers[job.job_id] = asyncio.get_running_loop().call_later(left_s, self._expire, job)
@@ -342,7 +343,7 @@ class Engine:
 
     def _end(self, job: Job, outcome: Outcome, event: UsageEvent | None) -> None:
         """Tell of an end that is committed; without an event it is another's, and `outcome` did not happen."""
-        self.jobs.pop(job.job_id, None)
+        self.jobs.let_go(job)
         if event is None:
             outcome = never_ran("error", "superseded", "another process decided its end", 502, self._now_ns())
         job.state, job.outcome, job.task = outcome.status, replace(outcome, body=b""), None
@@ -396,5 +397,4 @@ class Engine:
             await asyncio.wait(self._tasks, timeout=seconds)
 
     async def end_recovered(self, job: Job, outcome: Outcome) -> None:
-        """The visible end of a job that a former epoch left and that cannot run again."""
-        await self._finish(job, outcome)
+        await self._finish(job, outcome)  # the visible end of one that a former epoch left and that cannot run again

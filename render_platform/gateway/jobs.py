@@ -13,6 +13,10 @@ from render_platform.gateway.backends import Chunk, Usage
 from render_platform.gateway.catalogue import ModelSpec
 
 FINISHED = ("success", "error", "timeout", "cancelled")
+STOPPING = "gateway_stopping"
+"""The error code of a job whose client waited for a slot when the gateway was told to stop."""
+MAX_HELD_BYTES = 1024 * 1024 * 1024
+"""What the requests of jobs that have not ended may hold of memory, before no more are accepted."""
 MAX_EVENTS = 1_000
 """Events of one job that are kept for those who connect again; progress beyond it is left out."""
 
@@ -112,3 +116,18 @@ class Job:
 
     def told_after(self, number: int) -> Sequence[tuple[int, str, dict[str, Any]]]:
         return [(at + 1, *self.history[at]) for at in range(max(0, number), len(self.history))]
+
+
+class LiveJobs(dict[uuid.UUID, Job]):
+    """Jobs that have not ended, by their id, and how many bytes their requests hold."""
+
+    held_bytes = 0
+
+    def hold(self, job: Job) -> None:
+        if job.job_id not in self:
+            self.held_bytes += len(job.request.body)
+            self[job.job_id] = job
+
+    def let_go(self, job: Job) -> None:
+        if self.pop(job.job_id, None) is not None:
+            self.held_bytes -= len(job.request.body)

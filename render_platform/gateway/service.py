@@ -30,7 +30,7 @@ from render_platform.gateway.engine import Engine
 from render_platform.gateway.fleet import Device, Fleet, Server, never_ran
 from render_platform.gateway.identity import ApiKeys, Customers, Identity
 from render_platform.gateway.ingest import Ingest
-from render_platform.gateway.jobs import Job
+from render_platform.gateway.jobs import STOPPING, Job
 from render_platform.gateway.limits import Buckets
 from render_platform.gateway.meters import DeviceMeter, open_meter
 from render_platform.gateway.openai_backend import OpenAiBackend
@@ -112,6 +112,8 @@ class Gateway:
             on_end=self._ended,
         )
         self._background: list[asyncio.Task[None]] = []
+        self.drained = False
+        """Nothing runs any more, and nothing will: watchers may go."""
         self.broken: list[str] = []
         """Background work that ended by a defect."""
 
@@ -155,9 +157,18 @@ class Gateway:
         else:
             self.engine.enqueue(job, again=job.attempt > 0)
 
+    async def drain(self) -> None:
+        """Take no more work, and let what runs end. Who waits on a connection for a slot is sent away at once."""
+        self.engine.draining = True
+        for job in list(self.engine.jobs.values()):
+            if job.request.direct and job.state in ("queued", "waiting"):
+                self.engine.cancel(job, STOPPING)
+        await self.engine.drain(self.settings.drain_s)
+        self.drained = True
+
     async def stop(self) -> None:
         """Let running jobs end, write what is left to write, and close everything."""
-        await self.engine.drain(self.settings.drain_s)
+        await self.drain()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -173,8 +184,9 @@ class Gateway:
 
     def request_id(self, given: str | None) -> uuid.UUID:
         """The client's own id where it is a UUID, else a new one."""
-        with contextlib.suppress(ValueError):
-            return uuid.UUID(given or "")
+        if given:
+            with contextlib.suppress(ValueError):
+                return uuid.UUID(given)
         return uuid7(self.clock.now_us(), self.ids)
 
     def _open_clickhouse(self) -> ClickHouse:

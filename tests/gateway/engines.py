@@ -309,6 +309,8 @@ def check_books(rig: Rig) -> None:
     told = Counter(event.event_id.bytes for _, event in rig.told)
     assert all(count == 1 for count in told.values())
     assert told.keys() <= {row[0] for row in rig.events("event_id")}
+    live = rig.engine.jobs.values()
+    assert rig.engine.jobs.held_bytes == sum(len(job.request.body) for job in live)
     for server in rig.servers.values():
         assert (server.running, server.device.ledger.running) == (0, 0)
         assert rig.backends[server.spec.name].most <= server.spec.capacity

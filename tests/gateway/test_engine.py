@@ -14,7 +14,7 @@ import pytest
 
 from render_platform.events import UsageEvent
 from render_platform.gateway.backends import Answer, Usage
-from render_platform.gateway.jobs import Job
+from render_platform.gateway.jobs import MAX_HELD_BYTES, Job
 from render_platform.gateway.problems import Conflict, Draining, QueueFull
 from tests.gateway.engines import backend, check_books, gated, hangs, make_engine, reports, takes
 from tests.gateway.virtual_time import S, pause, run, until, virtual_loop
@@ -91,6 +91,21 @@ def test_jobs_being_accepted_count_against_the_queue(tmp_path: Path) -> None:
             assert Counter(type(one).__name__ for one in asked) == {"Job": 5, "QueueFull": 4}
             await rig.idle()
             check_books(rig)
+
+    run(test)
+
+
+def test_requests_that_fill_the_memory_of_waiting_jobs_are_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with make_engine(tmp_path) as rig:
+            job = await rig.submit()
+            held, rig.engine.jobs.held_bytes = rig.engine.jobs.held_bytes, MAX_HELD_BYTES
+            assert held == len(job.request.body) > 0
+            with pytest.raises(QueueFull, match="memory"):
+                await rig.submit()
+            rig.engine.jobs.held_bytes = held
+            await rig.idle()
+            assert rig.engine.jobs.held_bytes == 0
 
     run(test)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from litestar import Litestar, Router
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException
 from litestar.static_files import create_static_files_router
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from render_platform.errors import PlatformError
 from render_platform.gateway import edge
@@ -60,8 +62,68 @@ def _assets() -> Router:
     return create_static_files_router(path=ASSETS, directories=[folder], include_in_schema=False)
 
 
-class _Server(uvicorn.Server):
+HEAD_S = 20.0
+"""How long a client may take to send the head of a request, and a new connection to begin with one."""
+MAX_HEAD_BYTES = 512 * 1024
+"""More of a head is not kept. One of less is refused by `edge`, once it is whole; the last piece may hold body too."""
+
+
+class _Protocol(HttpToolsProtocol):
+    """One connection, closed where a request's head does not come, or does not end."""
+
+    _late: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        if self._late is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.close()
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._wait()
+
+    def on_headers_complete(self) -> None:
+        self._wait_no_more()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._wait_no_more()
+        self._head_bytes = 0
+        self._late = self.loop.call_later(HEAD_S, self._close)
+
+    def _wait_no_more(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _close(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # else uvicorn's own timer follows the answer
+            self.transport.close()
+
+
+class GatewayServer(uvicorn.Server):
     """Ends by SIGINT and SIGTERM with an exit code of its own, where uvicorn's would die of the signal in the end."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Jobs first: until they have ended, new ones are told to come again; then connections."""
+        await self._gateway.drain()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -82,7 +144,7 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
         create_app(gateway),
         host=settings.gateway_host,
         port=settings.gateway_port,
-        http="httptools",
+        http=_Protocol,
         loop="none",
         lifespan="on",
         log_config=None,
@@ -97,7 +159,7 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
 
 async def serve(gateway: Gateway, ready: Callable[[str], None]) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. `ready` is told the URL once requests are taken."""
-    server = _Server(server_config(gateway))
+    server = GatewayServer(server_config(gateway), gateway)
     loop = asyncio.get_running_loop()
     serving = loop.create_task(server.serve())
     watching = loop.create_task(_stop_when_broken(gateway, server))

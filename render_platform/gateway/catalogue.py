@@ -21,6 +21,7 @@ import msgspec
 
 from render_platform.config import CATALOGUE_TABLES, nearest
 from render_platform.errors import UsageError
+from render_platform.events import MAX_GPU_TIME_NS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,199}")
@@ -146,6 +147,8 @@ def _check_backend(where: str, name: str, backend: BackendSpec) -> None:
     _require(0 <= backend.parallel <= 10_000, f"{where}.parallel", "must be 0 … 10000")
     _require(1 <= backend.gpu_count <= 1_024, f"{where}.gpu_count", "must be 1 … 1024")
     _require(1 <= backend.timeout_s <= 86_400, f"{where}.timeout_s", "must be 1 … 86400")
+    most = MAX_GPU_TIME_NS // 10**9
+    _require(backend.gpu_count * backend.timeout_s <= most, f"{where}.timeout_s", f"× gpu_count must be at most {most}")
     _require(0 <= backend.spans_port <= 65_535, f"{where}.spans_port", "must be 0 … 65535")
     _require(backend.speed > 0, f"{where}.speed", "must be above 0")
     _require(not backend.device or ALIAS.fullmatch(backend.device), f"{where}.device", "is not a device's name")

@@ -5,6 +5,7 @@ A caller is known, and has paid for the request from its bucket, before anything
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 import uuid
@@ -30,12 +31,16 @@ from render_platform.gateway.service import Gateway
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 MAX_URL_BYTES = 8 * 1024
+BODY_S = 120.0
+"""How long a client may take to send its body."""
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 OPENAI_PREFIX = "/v1/"
 
 AnyRequest = Request[Any, Any, Any]
 AnyConnection = ASGIConnection[Any, Any, Any, Any]
 _MEMBER = re.compile(r"Object (missing required|contains unknown) field `(.{1,200})`", re.DOTALL)
+_HERE = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.ASCII)
+"""A `Host` that names this machine, as a browser writes it."""
 _log = structlog.get_logger()
 
 
@@ -80,7 +85,7 @@ class Edge:
                 message["headers"] = [*message["headers"], *added]
             await send(message)
 
-        refused = _too_large(scope)
+        refused = _too_large(scope) or (_foreign(scope) if self._gateway.anonymous else None)
         if refused is None:
             await self._app(scope, receive, send_with_headers)
         else:
@@ -95,6 +100,20 @@ def _too_large(scope: HTTPScope) -> Refused | None:
     if len(headers) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
         return Refused(431, "headers_too_large", "The request's headers are too large", "send fewer")
     return None
+
+
+def _foreign(scope: HTTPScope) -> Refused | None:
+    """Where no caller needs a credential, web pages must not be callers: a browser on this machine is what they have.
+
+    A page whose own name was made to resolve to this machine is of the same origin: only its `Host` gives it away.
+    """
+    headers = dict(scope["headers"])
+    host = headers.get(b"host", b"localhost").decode("latin-1").lower()
+    origin = headers.get(b"origin")
+    if _HERE.fullmatch(host) and (origin is None or origin.decode("latin-1").lower() == f"http://{host}"):
+        return None
+    remedy = "use http://127.0.0.1, or make a key with `render-platform key create`"
+    return Refused(403, "foreign_origin", "Without API keys only programs of this machine are answered", remedy)
 
 
 async def _send_problem(error: PlatformError, scope: HTTPScope, request_id: str, send: Send) -> None:
@@ -123,7 +142,11 @@ class JsonRequest(AnyRequest):
 
     async def body(self) -> bytes:
         try:
-            return await super().body()
+            async with asyncio.timeout(BODY_S):
+                return await super().body()
+        except TimeoutError:
+            self.scope["state"]["extra"]["connection"] = "close"  # what it still sends is nobody's
+            raise Refused(408, "body_too_slow", "The body did not come in time", "send it faster") from None
         except InternalServerException:  # the client went away in the middle of it: no failure of ours
             raise Refused(400, "body_cut_off", "The body is not whole", "send all of it") from None
 

@@ -19,8 +19,8 @@ from litestar.response import Stream
 from render_platform.gateway.acceptance import acceptance_of
 from render_platform.gateway.edge import AnyRequest, caller_of, customers_only, gateway_of, request_id_of
 from render_platform.gateway.identity import Principal
-from render_platform.gateway.jobs import FINISHED, MAX_EVENTS, Job, Outcome
-from render_platform.gateway.problems import NotFound, Refused
+from render_platform.gateway.jobs import FINISHED, MAX_EVENTS, STOPPING, Job, Outcome
+from render_platform.gateway.problems import Draining, NotFound, Refused
 from render_platform.gateway.scheduling import LANES
 from render_platform.gateway.submission import Asked, find_model, request_of, run_and_wait, until_ended
 from render_platform.gateway.views import JobPage, JobView, QueueRequest, QueueView, view_of, view_of_row
@@ -147,6 +147,8 @@ def answer_of(request: AnyRequest, job_id: uuid.UUID, outcome: Outcome) -> Respo
     request.scope["state"]["extra"].update(headers)
     if outcome.status == "success":
         return Response(outcome.body, media_type=outcome.content_type, status_code=200)
+    if outcome.error_code == STOPPING:
+        raise Draining("the gateway is stopping", "try again in a few seconds")
     status = _STATUSES.get(outcome.status, outcome.http_status)
     raise _failure(job_id, status, str(outcome.error_code), outcome.body, outcome.message)
 
@@ -285,7 +287,7 @@ async def _events(request: AnyRequest, job: Job, after: int) -> AsyncIterator[by
             for number, name, data in job.told_after(after):
                 yield _event(name, data, END_ID if name in ("complete", "error") else number)
                 after = number
-            if job.outcome is not None:
+            if job.outcome is not None or gateway_of(request).drained:
                 return
             now = engine.get_queue_position(job)
             if now is not None and now != position:

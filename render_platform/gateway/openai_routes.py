@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
@@ -30,6 +30,8 @@ from render_platform.gateway.submission import Asked, Watch, request_of, run_and
 
 CHUNKS_AHEAD = 16
 """Pieces of a stream that wait for a slow client before the backend is held up."""
+SLOWEST_S = 20.0
+"""A client that takes nothing for so long has gone away: else it would hold a slot, and its backend take the blame."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -104,9 +106,16 @@ class _Streamed:
         self._pieces: deque[bytes] = deque()
         self._room = asyncio.Semaphore(CHUNKS_AHEAD)
         self._news = asyncio.Event()
+        self._give_up: Callable[[], object] = lambda: None
 
     async def put(self, piece: bytes) -> None:
-        await self._room.acquire()
+        try:
+            async with asyncio.timeout(SLOWEST_S):
+                await self._room.acquire()
+        except TimeoutError:
+            self._give_up()
+            await asyncio.sleep(SLOWEST_S)  # which that cancels: this is the job's own task
+            raise
         self._pieces.append(piece)
         self._news.set()
 
@@ -121,7 +130,8 @@ class _Streamed:
             return await repeated(request, job.job_id)
         job.done.add_done_callback(lambda _: self._news.set())
         # Kept to the end of the stream: a client that goes away has cancelled, whatever the stream waits for then.
-        watch = Watch(request, lambda: engine.cancel(job, "client_gone"))
+        self._give_up = lambda: engine.cancel(job, "client_gone")
+        watch = Watch(request, self._give_up)
         try:
             first = await self._next(job.done)
         except asyncio.CancelledError:

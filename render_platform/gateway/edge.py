@@ -18,7 +18,6 @@ from litestar import Request, Response
 from litestar.connection import ASGIConnection
 from litestar.enums import ScopeType
 from litestar.exceptions import HTTPException, InternalServerException, SerializationException
-from litestar.handlers import BaseRouteHandler
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from render_platform.clock import US_PER_SECOND
@@ -140,7 +139,14 @@ def _encoded(scope: HTTPScope, problem: Problem) -> tuple[int, str, bytes]:
 class JsonRequest(AnyRequest):
     """A request whose body is read strictly."""
 
+    _whole: bytes | None = None
+
     async def body(self) -> bytes:
+        if self._whole is None:
+            self._whole = await self._read()
+        return self._whole
+
+    async def _read(self) -> bytes:
         try:
             async with asyncio.timeout(BODY_S):
                 return await super().body()
@@ -195,16 +201,19 @@ def identify(request: AnyConnection) -> Principal:
 
 
 def caller_of(request: AnyRequest) -> Principal:
-    """Whom the route's guard let in."""
+    """Who was let in before the body was read."""
     return cast(Principal, request.scope["state"]["caller"])
 
 
-async def customers_only(request: AnyConnection, _: BaseRouteHandler) -> None:
-    """A guard: a customer, a token of theirs taken; Unauthorized, Forbidden, or RateLimited where there is none."""
+async def customers_only(request: AnyConnection) -> None:
+    """Before a request's body is read: a customer, a token of theirs taken.
+
+    Unauthorized, Forbidden, or RateLimited where there is none.
+    """
     _admit(request, "customer")
 
 
-async def meters_only(request: AnyConnection, _: BaseRouteHandler) -> None:
+async def meters_only(request: AnyConnection) -> None:
     """The same for those who report usage."""
     _admit(request, "meter")
 

@@ -323,5 +323,5 @@ JOB_ROUTES = Router(
         cancel_job,
         job_events,
     ],
-    guards=[customers_only],
+    before_request=customers_only,
 )

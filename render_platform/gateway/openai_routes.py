@@ -185,5 +185,5 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "render-platform"}
 
 
-_FOR_CUSTOMERS = Router("/", route_handlers=[chat_completions, completions, embeddings], guards=[customers_only])
+_FOR_CUSTOMERS = Router("/", route_handlers=[chat_completions, completions, embeddings], before_request=customers_only)
 OPENAI_ROUTES = Router("/", route_handlers=[_FOR_CUSTOMERS, openai_models])

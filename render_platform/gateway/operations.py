@@ -89,7 +89,7 @@ def _fast_path(gateway: Gateway) -> dict[str, Any]:
     }
 
 
-@post("/api/v1/events", status_code=204, guards=[meters_only])
+@post("/api/v1/events", status_code=204, before_request=meters_only)
 async def ingest_events(request: AnyRequest) -> None:
     """Usage from elsewhere as CloudEvents, one or a batch. 204 means that all of them are durable."""
     gateway, caller = gateway_of(request), caller_of(request)

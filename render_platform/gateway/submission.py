@@ -131,9 +131,14 @@ async def run_and_wait(request: AnyRequest, wanted: Request) -> Waited:
 
 
 async def wait_for_end(request: AnyRequest, job: Job) -> Outcome:
-    """The outcome of a direct job of this client's."""
+    """The outcome of a direct job of this client's.
+
+    A client that goes away has cancelled it; one that sent an idempotency key comes back for the output, which is kept.
+    """
     if job.done is None:
         raise Refused(409, "not_direct", "The job does not wait on a connection")
+    if job.request.idempotency_key is not None:
+        return await asyncio.shield(job.done)
     engine = gateway_of(request).engine
     watch = Watch(request, lambda: engine.cancel(job, "client_gone"))
     try:

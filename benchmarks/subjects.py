@@ -69,7 +69,7 @@ def start_bare(python: str, kind: str, folder: Path) -> AbstractContextManager[S
     return running(f"{kind} (bare)", [python, echo.__file__, kind, "--port", str(port)], port, folder)
 
 
-def make_config(backend: str) -> str:
+def make_config(backend: str, capacity: int) -> str:
     """The gateway's TOML file: one backend of the given settings, one model on it."""
     return f"""
 rate_per_s = {ROOM}
@@ -77,7 +77,7 @@ burst = {ROOM}
 
 [backends.only]
 {backend}
-capacity = 64
+capacity = {capacity}
 
 [models."{echo.MODEL}"]
 family = "echo"
@@ -95,8 +95,8 @@ def make_subjects(python: str, program: str, cache: Path, echo_server: Server) -
     chat = Request(CHAT_PATH, CHAT, 200, is_completion)
     job = Request(QUEUE_PATH, JOB, 202, is_accepted)
     ours = _Gateway(program)
-    simulated = make_config('kind = "simulated"')
-    forwarding = make_config(f'kind = "openai"\nurl = "{backend_url}"')
+    simulated = make_config('kind = "simulated"', 1)  # accepting is measured, not running: one job runs at a time
+    forwarding = make_config(f'kind = "openai"\nurl = "{backend_url}"', 64)
     return [
         Subject("a", "bare echo backend", chat, lambda _: _already(echo_server)),
         Subject("b", "bare Litestar accept (202)", job, lambda folder: start_bare(python, "accept", folder)),

@@ -173,7 +173,7 @@ def test_counts_are_read_from_the_status_object() -> None:
 @pytest.mark.parametrize("backend", ['kind = "simulated"', 'kind = "openai"\nurl = "http://127.0.0.1:8100/v1"'])
 def test_the_gateways_configuration_is_valid_and_leaves_room(backend: str, tmp_path: Path) -> None:
     file = tmp_path / "gateway.toml"
-    file.write_text(make_config(backend))
+    file.write_text(make_config(backend, 64))
     settings = load_settings({}, config=file)
     model = make_catalogue(settings.catalogue).resolve(echo.MODEL)
     assert model is not None

@@ -184,6 +184,20 @@ def vkey(state: Path | None, role: str | None) -> None:
 
 
 @main.command()
+@state_option
+@json_option
+def flush(state: Path | None, as_json: bool) -> None:
+    """Seal, store and log what waits in the outbox, as Dagster's job of that name does."""
+    with open_platform(load_settings(state_dir=state)) as platform:
+        found = platform.flush()
+    size = found.checkpoint.size if found.checkpoint else 0
+    if as_json:
+        print_json({"entries_added": found.logged, "tree_size": size})
+    else:
+        click.echo(f"{found.logged} entries added; the log holds {size}")
+
+
+@main.command()
 @click.argument("sql")
 @state_option
 @json_option

@@ -150,9 +150,9 @@ class Outbox:
 
     def progress(self) -> dict[str, int]:
         """How many events are sealed into batches, and how many are under a published checkpoint."""
-        query = sa.select(batches.c.state, sa.func.sum(batches.c.records)).group_by(batches.c.state)
+        usage = sa.select(batches.c.state, sa.func.sum(batches.c.records)).where(batches.c.type == "usage_batch")
         with self._database.read() as connection:
-            found: dict[str, int] = {row[0]: int(row[1]) for row in connection.execute(query)}
+            found: dict[str, int] = {row[0]: int(row[1]) for row in connection.execute(usage.group_by(batches.c.state))}
         sealed = sum(records for state, records in found.items() if state not in ("filling", "closed"))
         return {"sealed": sealed, "published": found.get("published", 0)}
 

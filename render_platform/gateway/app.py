@@ -17,7 +17,7 @@ from litestar.exceptions import HTTPException
 from litestar.static_files import create_static_files_router
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from render_platform.errors import PlatformError
+from render_platform.errors import PlatformError, Unavailable
 from render_platform.gateway import edge
 from render_platform.gateway.document import ASSETS, complete, openapi_config
 from render_platform.gateway.edge import Durations, Edge
@@ -157,17 +157,29 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
     )
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    """Unavailable where the address cannot be had."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise Unavailable(f"{host}:{port} cannot be had: {error.strerror}", "give another --port or --host") from None
+    return listening
+
+
 async def serve(gateway: Gateway, ready: Callable[[str], None]) -> int:
     """Serve until SIGINT or SIGTERM; the exit code. `ready` is told the URL once requests are taken."""
+    listening = _listen(gateway.settings.gateway_host, gateway.settings.gateway_port)
     server = GatewayServer(server_config(gateway), gateway)
     loop = asyncio.get_running_loop()
-    serving = loop.create_task(server.serve())
+    serving = loop.create_task(server.serve([listening]))
     watching = loop.create_task(_stop_when_broken(gateway, server))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
     if server.started:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        ready(f"http://{gateway.settings.gateway_host}:{port}")
+        ready(f"http://{gateway.settings.gateway_host}:{listening.getsockname()[1]}")
     await serving
     watching.cancel()
     return 3 if gateway.writer.died.is_set() or not server.started else 0

@@ -44,7 +44,9 @@ def run_gateway(settings: Settings) -> int:
     # The loop and the writer's thread take turns at the interpreter: neither may wait 5 ms for the other.
     sys.setswitchinterval(0.0002)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(settings))
+        code = runner.run(_serve(settings))
+    gc.unfreeze()  # what was put by is let go of in order
+    return code
 
 
 async def _serve(settings: Settings) -> int:
@@ -134,8 +136,11 @@ def create_key(
     from render_platform.gateway.identity import Terms
 
     with _keys(state) as keys:
+        first = not keys.list()
         made = keys.create(customer, roles, Terms(tier, priority, rate, burst), sources=sources, customers=customers)
     click.echo(made)
+    if first:
+        click.echo("a gateway that began without keys stays open until it is started again", err=True)
 
 
 @key.command("revoke")
@@ -158,8 +163,9 @@ def list_keys(state: Path | None, as_json: bool) -> None:
     if as_json:
         print_json([_key_row(one) for one in found])
         return
+    click.echo("\t".join(_KEY_COLUMNS))
     for one in found:
-        click.echo("\t".join(str(value) for value in _key_row(one).values()))
+        click.echo("\t".join("-" if value is None else str(value) for value in _key_row(one).values()))
 
 
 @contextmanager
@@ -176,14 +182,12 @@ def _keys(state: Path | None) -> Iterator[ApiKeys]:
         database.close()
 
 
+_KEY_COLUMNS = ("key_id", "customer", "roles", "tier", "priority", "created", "revoked")
+
+
 def _key_row(one: ApiKey) -> dict[str, Any]:
     principal = one.principal
-    return {
-        "key_id": one.key_id,
-        "customer": principal.customer_id,
-        "roles": ",".join(sorted(principal.roles)),
-        "tier": principal.pricing_tier,
-        "priority": principal.priority_max,
-        "created": iso(one.created_us),
-        "revoked": iso(one.revoked_us) if one.revoked_us is not None else None,
-    }
+    roles = ",".join(sorted(principal.roles))
+    terms = (principal.pricing_tier, principal.priority_max)
+    times = (iso(one.created_us), iso(one.revoked_us) if one.revoked_us is not None else None)
+    return dict(zip(_KEY_COLUMNS, (one.key_id, principal.customer_id, roles, *terms, *times), strict=True))

@@ -49,7 +49,7 @@ class Use:
         device, ended_ns = self._device, self._now_ns()
         used = [(self.begun_ns, ended_ns)] if spans is None else _clipped(spans, self.begun_ns, ended_ns)
         gpu_time_ns = device.ledger.end(self._key, used, ended_ns)
-        if spans is None:
+        if spans is None and meter != "simulated":
             meter = device.meter.name if device.is_read else "wall_clock"
         return Outcome(
             status=status,

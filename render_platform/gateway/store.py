@@ -25,7 +25,7 @@ from render_platform.database import (
     jobs,
     webhooks,
 )
-from render_platform.errors import PlatformError
+from render_platform.errors import PlatformError, UsageError
 from render_platform.events import UsageEvent
 from render_platform.gateway.jobs import Job, Outcome
 from render_platform.gateway.problems import Conflict
@@ -288,7 +288,15 @@ class JobStore:
 
     @staticmethod
     def _do(connection: sa.Connection, others: Sequence[Do]) -> list[Any]:
-        return [other.run(connection) for other in others]
+        """Each in a savepoint of its own: what is refused undoes itself, and nobody else's."""
+        results: list[Any] = []
+        for other in others:
+            try:
+                with connection.begin_nested():
+                    results.append(other.run(connection))
+            except UsageError as error:
+                results.append(error)
+        return results
 
 
 class _Crossed(PlatformError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -54,8 +55,23 @@ def test_a_gateway_from_its_start_to_its_end(tmp_path: Path) -> None:
         "events": 1,
     }
     assert after["fast_path_dropped"] == 1, "nobody listens where its ClickHouse should be: that is counted, and kept"
-    flushed = run_command("query", "SELECT count(*) FROM usage_events", "--state", str(state))
-    assert flushed.code == 0
+    flushed = run_command("flush", "--state", str(state), "--json")
+    assert json.loads(flushed.stdout) == {"entries_added": 1, "tree_size": 1}
+    counted = run_command("query", "SELECT count(*) AS n FROM usage_events", "--state", str(state), "--json")
+    assert json.loads(counted.stdout) == [{"n": 1}]
+    assert {name: status(state)[name] for name in ("events", "sealed", "published")} == dict.fromkeys(
+        ("events", "sealed", "published"), 1
+    )
+    assert "nanobind" not in (tmp_path / "errors.log").read_text()
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_command("serve", "--state", str(tmp_path / "state"), "--port", port)
+    assert done.code == 3
+    assert f"127.0.0.1:{port} cannot be had" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_second_gateway_on_a_state_folder_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from render_platform.gateway.jobs import FINISHED, Job, Request
 from render_platform.gateway.store import UNFINISHED
 
 LEASE_US = 15 * US_PER_SECOND
-PAGE = 1_000
+PAGE = 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ KINDS: dict[str, BackendFactory] = {
     "simulated": SimulatedBackend,
 }
 EXPIRED_AT_ONCE = 100
-RECOVERED_AT_ONCE = 500
+RECOVERED_AT_ONCE = 100
 _log = structlog.get_logger()
 
 

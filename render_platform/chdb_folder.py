@@ -45,10 +45,11 @@ class FolderLock:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             cls.url_file(folder).unlink(missing_ok=True)  # of an owner that was killed: nobody may go there now
-        except BaseException as error:
+        except BlockingIOError:  # another process owns it
             os.close(descriptor)
-            if isinstance(error, BlockingIOError):
-                return None
+            return None
+        except BaseException:  # whatever else it was: the file is let go of, and the error goes on
+            os.close(descriptor)
             raise
         lock = cls._owned[folder] = cls(folder, descriptor)
         return lock

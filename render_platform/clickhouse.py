@@ -251,7 +251,7 @@ def _open_folder(dsn: str) -> tuple[Any, str, FolderLock | None]:
         raise Unavailable(*OWNED)
     try:
         client = clickhouse_connect.get_client(interface="chdb", path=str(folder), settings=_NO_PARTIAL_RESULTS)
-    except BaseException:
+    except BaseException:  # whatever it was: the folder is let go of, and the error goes on
         lock.release()
         raise
     return client, dsn, lock

@@ -6,7 +6,6 @@ newline, a blank line and a signature line. Within an epoch `seq` counts every a
 
 from __future__ import annotations
 
-import uuid
 from dataclasses import dataclass
 
 from render_platform import canonical
@@ -47,10 +46,3 @@ class Acceptance:
 
 def acceptance_of(job: Job, gateway_id: str, epoch: int) -> Acceptance:
     return Acceptance(gateway_id, epoch, job.seq, str(job.job_id), job.request_digest.hex(), job.accepted_us)
-
-
-def is_job_id(text: str) -> bool:
-    try:
-        return str(uuid.UUID(text)) == text
-    except ValueError:
-        return False

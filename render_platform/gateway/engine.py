@@ -92,7 +92,7 @@ class Engine:
         except asyncio.CancelledError:  # the client went away: the commit goes on, and the job with it, to its end
             future.add_done_callback(lambda done: self._accepted_for_nobody(key, job, slot, done))
             raise
-        except BaseException:
+        except BaseException:  # not accepted, whatever the reason: the slot is given back, and the error goes on
             self._give_up(key, slot)
             raise
         return self._accepted(key, job, slot, standing)

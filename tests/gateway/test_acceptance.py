@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from render_platform import canonical
 from render_platform.errors import Finding
-from render_platform.gateway.acceptance import FIELDS, Acceptance, acceptance_of, is_job_id
+from render_platform.gateway.acceptance import FIELDS, Acceptance, acceptance_of
 from render_platform.note import FileSigner, load_or_create_key, sign_note
 from tests.gateway.engines import make_engine
 from tests.gateway.virtual_time import run
@@ -95,9 +95,3 @@ def test_it_says_what_the_database_says(signer: FileSigner, tmp_path: Path) -> N
             await rig.idle()
 
     run(test)
-
-
-def test_a_job_id_is_a_uuid_in_its_usual_form() -> None:
-    assert is_job_id(KNOWN.job_id)
-    for text in ("", "x", KNOWN.job_id.upper() + "0", f"{{{KNOWN.job_id}}}", KNOWN.job_id.replace("-", "")):
-        assert not is_job_id(text)

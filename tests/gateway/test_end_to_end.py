@@ -23,7 +23,7 @@ from tests.gateway.servers import LlamaServer, TritonServer, llama_server, trito
 __all__ = ["llama_server", "triton_server"]
 
 TOLERANCE = 0.05
-INFER = "/other/work/work/infer"
+INFER = "/other/sums/adder/infer"
 MESSAGES: Any = [{"role": "user", "content": "w1 w2 w3 w4"}]
 
 
@@ -33,7 +33,7 @@ def at(
 ) -> Iterator[Running]:
     triton = {"kind": "triton", "url": triton_server.url, "spans_port": triton_server.spans_port, "capacity": 4}
     llama = {"kind": "openai", "url": llama_server.url, "capacity": llama_server.slots}
-    plain = {"family": "work", "modality": "other", "type": "other", "tasks": ["infer"], "inputs": triton_server.inputs}
+    plain = {"family": "sums", "modality": "other", "type": "other", "tasks": ["infer"], "inputs": triton_server.inputs}
     chat = {"family": "tiny", "modality": "text", "type": "llm", "tasks": ["chat", "completion", "embedding"]}
     catalogue = {
         "backends": {
@@ -41,7 +41,7 @@ def at(
             "llama": {**llama, "device": "GPU-llama"},
         },
         "models": {
-            "work": {**plain, "backends": {"triton": triton_server.model}},
+            "adder": {**plain, "backends": {"triton": triton_server.model}},
             "tiny": {**chat, "aliases": ["ggml-org/tiny"], "backends": {"llama": llama_server.model}},
         },
     }
@@ -99,7 +99,7 @@ def test_queued_jobs_of_triton_are_billed_each_for_its_own(
 ) -> None:
     before = triton_worked_ns(triton_server)
     asked = {"prompt": "x", "values": [1], "sleep_ms": 60}
-    jobs = [client.queue(model="work", input=asked)["id"] for _ in range(6)]
+    jobs = [client.queue(model="adder", input=asked)["id"] for _ in range(6)]
     ended = [client.ended(job_id) for job_id in jobs]
     assert {job["state"] for job in ended} == {"success"}
     spent = [billed(at, job_id)["gpu_time_ns"] for job_id in jobs]

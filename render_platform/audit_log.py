@@ -4,13 +4,15 @@
 2. The entry's bytes become a blob.
 3. One SQL transaction: entry, head, and what the entry is about. Before it nothing happened; after it, roll forward.
 4. Tiles and entry bundles of the head, made from committed entries; what exists must be byte-equal.
-5. Sign the committed head. 6. (Cosignatures.) 7. Publish: never a smaller one, and read back. 8. Mark published.
+5. Sign the committed head. 6. Collect cosignatures. 7. Publish: never a smaller one, and read back. 8. Mark published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,11 +21,21 @@ import sqlalchemy as sa
 from render_platform import merkle, tiles
 from render_platform.canonical import digest_of
 from render_platform.cas import Cas
-from render_platform.database import UNPUBLISHED, Database, batches, checkpoints, log_entries, log_head
+from render_platform.database import (
+    UNPUBLISHED,
+    Database,
+    batch_acceptances,
+    batches,
+    checkpoints,
+    log_entries,
+    log_head,
+)
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry, parse
-from render_platform.errors import Finding, Missing, SequencerStopped
-from render_platform.note import Checkpoint, Signer, read_checkpoint, sign_note
+from render_platform.errors import Finding, Missing, SequencerStopped, Unavailable
+from render_platform.keyring import LogKeys
+from render_platform.note import Checkpoint, Signer, sign_note
 from render_platform.objects import ObjectStore
+from render_platform.witness import Witnesses
 
 CHECKPOINT = "checkpoint"
 _ATTEMPTS = 5
@@ -33,11 +45,15 @@ Mark = Callable[[sa.Connection, int], None]
 
 
 class AuditLog:
-    def __init__(self, database: Database, cas: Cas, objects: ObjectStore, signer: Signer) -> None:
+    def __init__(
+        self, database: Database, cas: Cas, objects: ObjectStore, *signers: Signer, witnesses: Witnesses | None = None
+    ) -> None:
         self._database = database
         self._cas = cas
         self._objects = objects
-        self._signer = signer
+        self._keys = LogKeys(signers, self._key_entries, cas.get)
+        self._witnesses = witnesses
+        self._asked = False
 
     def append(self, draft: AuditEntry, mark: Mark) -> int:
         """Commit an entry and what `mark` does; gives its index. `draft.previous` is filled in here.
@@ -67,19 +83,36 @@ class AuditLog:
             head = _head(connection)
         if head.size == 0:
             return None
-        checkpoint = Checkpoint(self._signer.name, head.size, head.root)
+        checkpoint = Checkpoint(self._keys.origin, head.size, head.root)
         published = self._opened(standing)
-        if published is None or published.size < head.size:
+        note = standing
+        if note is None or published is None or published.size < head.size:
             self._write_tiles(published.size if published else 0, head.size)
-            note = sign_note(checkpoint.text(), [self._signer]).encode()
+            note = sign_note(checkpoint.text(), self._keys.signers(head.size)).encode()
+        note = self._cosigned(note, head.size, standing)
+        if note != standing:
             # A crash before this: the old checkpoint stands, and tiles that the next publish finds byte-equal.
             # `standing` is what was compared above: a checkpoint published meanwhile is never overwritten.
             self._objects.replace(CHECKPOINT, note, standing)
             self._read_back(checkpoint)
-            standing = note
         # A crash before this commit: published, not marked; the next publish marks it.
-        self._mark_published(checkpoint, standing or b"")
+        self._mark_published(checkpoint, note)
         return checkpoint
+
+    def _cosigned(self, note: bytes, size: int, standing: bytes | None) -> bytes:
+        """Step 6, and once a process for what stands. A witness that has cosigned another history stops the log."""
+        if self._witnesses is None or (note == standing and self._asked):
+            return note
+        found = self._witnesses.cosign(note, lambda old: self._proof(old, size), standing)
+        if found.ahead:
+            raise SequencerStopped(
+                f"a witness has cosigned {found.ahead} entries, and this database has {size}",
+                "run the command again; if it stops again, this state is an older copy: run `render-platform recover`",
+            )
+        if found.shortfall:
+            raise Unavailable(f"not published: {found.shortfall}", "start the witnesses, or lower witness_quorum")
+        self._asked = True
+        return found.note
 
     def _read_back(self, written: Checkpoint) -> None:
         """What stands now is what was written, or a larger one that another sequencer published meanwhile."""
@@ -92,13 +125,10 @@ class AuditLog:
         return self._opened(self._published_bytes())
 
     def _opened(self, data: bytes | None) -> Checkpoint | None:
-        return None if data is None else read_checkpoint(data, [self._signer.verifier])
+        return None if data is None else self._keys.read_checkpoint(data)
 
     def check_tail(self, count: int = tiles.TILE_WIDTH) -> int:
-        """The newest entries: chained, hashed to the head, and the head the one published. Gives how many.
-
-        Finding where they are not; whole logs are checked by verification, not here.
-        """
+        """How many of the newest entries are chained, and hashed as the head's; Finding where one is not."""
         self._compare()
         with self._database.read() as connection:
             head = _head(connection)
@@ -145,10 +175,15 @@ class AuditLog:
                 )
             if published is None:
                 return None
-            if published.size > head.size or published.size < last:
+            if published.size > head.size:
                 return SequencerStopped(
-                    f"the published log has {published.size} entries, the database {head.size} (published: {last})",
-                    "the database or the log was restored from an older copy: restore the newer one",
+                    f"the published log has {published.size} entries, the database {head.size}: it is an older copy",
+                    "run `render-platform recover`",
+                )
+            if published.size < last:
+                return SequencerStopped(
+                    f"the published log has {published.size} entries, and size {last} was published before",
+                    "restore the newer log folder",
                 )
             root = _root_at(connection, head, published.size)
         if root != published.root:
@@ -204,15 +239,36 @@ class AuditLog:
                 start = index * tiles.TILE_WIDTH
                 data = tiles.encode_bundle(self._column(log_entries.c.entry, start, start + width))
             else:
-                data = tiles.tile_hashes(level, index, width, self._leaves)
+                data = tiles.tile_hashes(level, index, width, partial(self._column, log_entries.c.leaf_hash))
             if not self._objects.create(path, data) and self._objects.read(path) != data:
                 raise SequencerStopped(
                     f"log/{path} holds other bytes than the database's entries give",
                     "run `render-platform verify`; restore the log or the database, whichever was altered",
                 )
 
-    def _leaves(self, start: int, end: int) -> Sequence[bytes]:
-        return self._column(log_entries.c.leaf_hash, start, end)
+    def _proof(self, old: int, size: int) -> list[bytes]:
+        """That the tree of `size` extends its first `old` entries (RFC 6962, 2.1.2), out of its tiles."""
+        lowest = old & -old  # the old tree's last perfect subtree, from which the path goes up
+        ranges = [] if old in (0, size) else merkle.proof_ranges(old - 1, size)[lowest.bit_length() - 1 :]
+        if ranges and old != lowest:
+            ranges.insert(0, (old - lowest, old))
+        return [self._node(start, end, size) for start, end in ranges]
+
+    def _node(self, start: int, end: int, size: int) -> bytes:
+        """The root over leaves [start, end), a subtree of the tree of `size`."""
+        height = (end - start).bit_length() - 1
+        if (middle := start + (1 << height)) < end:
+            return merkle.node_hash(self._node(start, middle, size), self._node(middle, end, size))
+        level, inside = divmod(height, 8)
+        tile, at = divmod(start >> 8 * level, tiles.TILE_WIDTH)
+        width = min(tiles.TILE_WIDTH, (size >> 8 * level) - tile * tiles.TILE_WIDTH)
+        data = self._objects.read(tiles.tile_path(level, tile, width))
+        return merkle.root([data[n * 32 : n * 32 + 32] for n in range(at, at + (1 << inside))])
+
+    def _key_entries(self) -> list[tuple[int, bytes]]:
+        select = sa.select(log_entries.c.log_index, log_entries.c.entry).filter_by(type="key")
+        with self._database.read() as connection:
+            return [(index, bytes(entry)) for index, entry in connection.execute(select.order_by(sa.text("1")))]
 
     def _column(self, column: Any, start: int, end: int) -> list[bytes]:
         with self._database.read() as connection:
@@ -220,10 +276,9 @@ class AuditLog:
 
     def _mark_published(self, checkpoint: Checkpoint, note: bytes) -> None:
         with self._database.write() as connection:
-            known = connection.execute(sa.select(checkpoints.c.size).filter_by(size=checkpoint.size)).scalar()
-            if known is None:
-                row = {"size": checkpoint.size, "root": checkpoint.root, "note": note.decode()}
-                connection.execute(checkpoints.insert().values(**row))
+            connection.execute(checkpoints.delete().filter_by(size=checkpoint.size))  # it may be cosigned since
+            row = {"size": checkpoint.size, "root": checkpoint.root, "note": note.decode()}
+            connection.execute(checkpoints.insert().values(**row))
             connection.execute(
                 batches.update()
                 .where(batches.c.state == "logged", batches.c.log_index < checkpoint.size)
@@ -259,7 +314,11 @@ class BatchLogger:
     def _next(self) -> Any:
         with self._database.read() as connection:
             batch = connection.execute(
-                sa.select(batches).where(batches.c.state.in_(UNPUBLISHED[:-1])).order_by(batches.c.ordinal).limit(1)
+                sa.select(batches, batch_acceptances.c.acceptances)
+                .outerjoin(batch_acceptances, batch_acceptances.c.ordinal == batches.c.ordinal)
+                .where(batches.c.state.in_(UNPUBLISHED[:-1]))
+                .order_by(batches.c.ordinal)
+                .limit(1)
             ).one_or_none()
         if batch is None or batch.state == "stored":
             return batch
@@ -283,6 +342,7 @@ def _draft(batch: Any) -> AuditEntry:
         gpu_time_ns=int(batch.gpu_time_ns),
         merkle_root=batch.merkle_root,
         attestation=batch.attestation_digest,
+        acceptances=tuple(json.loads(batch.acceptances or "[]")),
     )
 
 
@@ -334,6 +394,7 @@ def _column(connection: sa.Connection, column: Any, start: int, end: int) -> lis
     )
     if len(found) != end - start:
         raise SequencerStopped(
-            f"the database lacks entries between {start} and {end}", "restore the database from a backup"
+            f"the database lacks entries between {start} and {end}",
+            "restore it from a backup, then run `render-platform recover`",
         )
     return [bytes(value) for value in found]

@@ -7,6 +7,7 @@ https://github.com/secure-systems-lab/dsse/blob/master/protocol.md, https://in-t
 from __future__ import annotations
 
 import base64
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,11 +42,25 @@ def decode(data: bytes) -> pa.Table:
         raise Finding("not a Parquet file from its first byte to its last")
     try:
         # One thread: the bytes are in memory, and pyarrow's pools can outlive the interpreter at exit.
-        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        table = file.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise Finding(f"not readable as Parquet: {error}") from error
+    if _length(file.metadata) != len(data):
+        raise Finding("holds bytes that are no part of the Parquet file that its footer describes")
     require_schema(table.schema)
     return table
+
+
+def _length(metadata: pq.FileMetaData) -> int:
+    """What a file has to be long: its last column chunk's end, then footer, its length and the magic.
+
+    A reader begins at the end, and would not see what a copied footer hides before it.
+    """
+    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    chunks = [group.column(at) for group in groups for at in range(group.num_columns)]
+    ends = [(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size for chunk in chunks]
+    return int(max(ends, default=len(_MAGIC)) + metadata.serialized_size + 8)
 
 
 def predicate(table: pa.Table) -> dict[str, Any]:
@@ -62,7 +77,30 @@ def predicate(table: pa.Table) -> dict[str, Any]:
         "meters": distinct("meter"),
         "first_event_time_us": times["min"],
         "last_event_time_us": times["max"],
+        "resources": _resources(table),
     }
+
+
+def _resources(table: pa.Table) -> list[dict[str, Any]]:
+    """What was used, by device and meter: events, GPU ns, and mJ of the events whose energy was read, if any was."""
+    names = ("device_uuid", "meter", "gpu_time_ns", "energy_mj")
+    used: dict[tuple[str | None, str], list[tuple[int, int | None]]] = defaultdict(list)
+    for device, meter, gpu_time_ns, energy_mj in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+        used[device, meter].append((gpu_time_ns, energy_mj))
+    found = []
+    for (device, meter), rows in sorted(used.items(), key=lambda item: (item[0][0] or "", item[0][1])):
+        energy = [energy_mj for _, energy_mj in rows if energy_mj is not None]
+        found.append(
+            {
+                "device": device,
+                "meter": meter,
+                "events": len(rows),
+                "gpu_time_ns": sum(gpu_time_ns for gpu_time_ns, _ in rows),
+                "energy_events": len(energy),
+                "energy_mj": sum(energy) if energy else None,
+            }
+        )
+    return found
 
 
 def attest(name: str, digest: str, table: pa.Table, signer: Signer, software: str) -> bytes:

@@ -61,9 +61,9 @@ def _refuse(value: Any, where: str, depth: int = 0) -> None:
     if value is None or isinstance(value, bool | int):
         return
     if isinstance(value, str):
-        if _UNFIT.search(value):
+        if not value.isprintable() and _UNFIT.search(value):
             raise Finding(f"{where} holds NUL or a lone surrogate")
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict | Mapping):
         for key, item in value.items():
             if not (isinstance(key, str) and key.isascii() and "\0" not in key):
                 raise Finding(f"{where} has a key that is not ASCII")

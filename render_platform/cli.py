@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,16 @@ import click
 from render_platform import __version__, bridge, console
 from render_platform import up as everything
 from render_platform.clock import DAY_US, hours_between, iso
-from render_platform.config import Settings, load_settings
+from render_platform.config import load_settings
 from render_platform.demo import Demo
 from render_platform.errors import UsageError
-from render_platform.evidence import Evidence, Verification
+from render_platform.evidence_commands import COMMANDS
 from render_platform.gateway.commands import config_option, key, serve, status
-from render_platform.note import Verifier, load_key
-from render_platform.objects import FolderObjects
+from render_platform.note import load_key
 from render_platform.options import Group, Time, json_option, plain, print_json, state_option
 from render_platform.pipeline import open_platform
 from render_platform.reconciliation import HourReport, worst
 from render_platform.traces import generated_trace, read_trace
-from render_platform.verification import verify
 
 MAX_RANGE_US = 3_660 * DAY_US
 STATUS_EXIT = {"reconciled": 0, "discrepant": 1, "unavailable": 3, "pending": 3}
@@ -91,50 +88,6 @@ def clickhouse(state: Path | None, port: int) -> None:
         )
     folder = Path(settings.clickhouse_url.removeprefix("chdb://"))
     bridge.serve(folder, port, lambda url: click.echo(f"embedded ClickHouse bridge: {url}   stop: Ctrl-C"))
-
-
-@main.command("verify")
-@state_option
-@click.option("--deep", is_flag=True, help="Also re-read the rows of every batch.")
-@click.option(
-    "--key",
-    "vkeys",
-    multiple=True,
-    metavar="VKEY",
-    help="Trust this key, not the folder's own: the log's; again for the attestations'.",
-)
-@json_option
-def verify_command(state: Path | None, deep: bool, vkeys: Sequence[str], as_json: bool) -> None:
-    """Verify the evidence in the state folder, offline: log, chain, objects, batches."""
-    settings = load_settings(state_dir=state)
-    with console.progress_bars() as progress:
-        outcome = _verify(settings, deep, vkeys, progress)
-    if as_json:
-        print_json(outcome.as_json())
-    else:
-        console.print_verification(console.person(), outcome)
-    sys.exit(0 if outcome.verified else 1)
-
-
-def _verify(
-    settings: Settings, deep: bool, vkeys: Sequence[str], progress: Callable[[str, int, int], None]
-) -> Verification:
-    if not vkeys:
-        with open_platform(settings) as platform:
-            outcome = platform.verify(deep=deep, progress=progress)
-        outcome.note("the keys came from the state folder itself; pin yours with --key (see `vkey`)")
-        return outcome
-    if not settings.log_dir.is_dir():
-        raise UsageError(f"{settings.state_dir} holds no log", "give --state the folder that holds blobs/ and log/")
-    keys = [Verifier.parse(vkey) for vkey in vkeys]
-    attesting = [key for key in keys if key.name.endswith("/attestation")]
-    signing = [key for key in keys if key not in attesting]  # a role signs what is its own, and nothing else
-    if not signing:
-        raise UsageError("no --key is a log's key", "give what `render-platform vkey` prints")
-    evidence = Evidence(FolderObjects(settings.log_dir), FolderObjects(settings.blobs_dir), signing, attesting)
-    outcome = verify(evidence, deep=deep, progress=progress)
-    outcome.note("unwitnessed: no earlier checkpoint is known here; a log that was cut short would verify")
-    return outcome
 
 
 @main.command()
@@ -241,6 +194,8 @@ def _dagster(module: str) -> Any:
 main.add_command(serve)
 main.add_command(status)
 main.add_command(key)
+for command in COMMANDS:
+    main.add_command(command)
 
 
 if __name__ == "__main__":

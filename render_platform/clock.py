@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Protocol
 
 US_PER_SECOND = 1_000_000
@@ -104,5 +105,10 @@ def time_us(text: str) -> int:
 def iso(us: int) -> str:
     """`2023-11-16T18:15:46Z`; with microseconds only where there are any."""
     seconds, rest = divmod(us, US_PER_SECOND)
-    text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    text = _second(seconds)
     return f"{text}.{rest:06d}Z" if rest else f"{text}Z"
+
+
+@lru_cache(64)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")

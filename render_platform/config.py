@@ -34,6 +34,28 @@ class Settings:
     clickhouse_database: str = "render_platform"
     retention_days: int = 0
     """Days of `recorded_at` that ClickHouse keeps; 0 keeps all. Leave it 0 where old traces are replayed."""
+    objects_url: str = ""
+    """s3://bucket/prefix: where the evidence is kept, in `blobs/` and `log/`. Empty: in the state folder."""
+    objects_endpoint: str = ""
+    """The S3 server's own address, where it is not AWS's. Credentials come from AWS_* variables."""
+    object_lock_days: int = 0
+    """Days for which nobody can remove what is written, where the bucket has object lock; 0: no lock of ours."""
+    checkpoint_signer: str = ""
+    """Who signs, a role: file:<path>, env:<variable> or python:<module>:<function>. Empty: the key in the state folder.
+
+    A list, separated by commas, has the key in force first: see docs/spec/keys-and-witness.md.
+    """
+    attestation_signer: str = ""
+    gateway_signer: str = ""
+    recovery_key: str = ""
+    """The verifier key of the offline recovery key, which keys are rotated with."""
+    witnesses: str = ""
+    """`URL VKEY`, separated by commas: who is asked to cosign each checkpoint."""
+    witness_quorum: int = 0
+    """Cosignatures that a checkpoint needs."""
+    witness_policy: str = "publish"
+    """publish | hold: what becomes of a checkpoint below the quorum."""
+    witness_timeout_s: int = 5
     batch_rows: int = 50_000
     seal_rows_a_transaction: int = 5_000
     fast_path_deadline_s: int = 60
@@ -64,6 +86,9 @@ class Settings:
     def __post_init__(self) -> None:
         bounds = {
             "retention_days": (0, 36_500),
+            "object_lock_days": (0, 36_500),
+            "witness_quorum": (0, 10_000),
+            "witness_timeout_s": (1, 3_600),
             "batch_rows": (1, 50_000),
             "seal_rows_a_transaction": (1, 50_000),
             "fast_path_deadline_s": (0, 86_400),
@@ -82,6 +107,8 @@ class Settings:
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name} is {getattr(self, name)}", f"set it to {low} … {high}")
+        if self.witness_policy not in ("publish", "hold"):
+            raise UsageError(f"witness_policy is {self.witness_policy!r}", "set it to publish or hold")
 
     @property
     def database_path(self) -> Path:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from render_platform.bundle import BundleVerification
 from render_platform.clock import iso
 from render_platform.demo import Story
 from render_platform.evidence import Verification
@@ -22,7 +23,10 @@ LABELS = {
     "reconcile": "reconcile hours",
     "repair": "repair what is missing",
     "verify": "verify",
+    "log": "verify the log's entries",
+    "tiles": "verify the log's tiles",
     "blobs": "verify objects",
+    "events": "look for events that stand twice",
     "read": "read the trace",
 }
 COLOURS = {"reconciled": "green", "discrepant": "red", "pending": "yellow", "unavailable": "magenta"}
@@ -129,6 +133,22 @@ def print_verification(console: Console, outcome: Verification) -> None:
 def print_problems(console: Console, outcome: Verification) -> None:
     for problem in outcome.problems:
         console.print(f"[red]problem:[/] {escape(problem.where)}: {escape(problem.what)}")
+        since = f"since {problem.since}; " if problem.since else ""
+        if problem.doubt:
+            console.print(f"         {since}in doubt: {escape(problem.doubt)}")
+
+
+def print_bundle(console: Console, outcome: BundleVerification) -> None:
+    """A bundle proves its lanes in its hours, from its part of the log: all three are said."""
+    print_verification(console, outcome)
+    claims = outcome.claims
+    if claims:
+        console.print(
+            f"hours {iso(claims['start_us'])} … {iso(claims['end_us'])}, lanes {', '.join(outcome.lanes) or 'none'}"
+        )
+    for doubt in outcome.doubts:
+        console.print(f"[yellow]not provably complete:[/] {escape(doubt)}")
+    console.print(f"[bold]{outcome.verdict.replace('_', ' ')}[/]")
 
 
 def print_reports(console: Console, reports: list[HourReport]) -> None:

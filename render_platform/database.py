@@ -3,6 +3,9 @@
 SQLite runs with WAL and synchronous=FULL, and every writing transaction begins IMMEDIATE: a deferred one that reads
 and then writes fails at once, whatever the time-out. The SQLite in use is the one of the pysqlite3 wheel, because the
 interpreter's own may lack the fix for WAL-reset corruption with several writing connections (3.51.3).
+
+PostgreSQL gives the same promise by an advisory lock that every writing transaction holds to its end: writers come one
+after another there too, so that what was read in `write()` is still so at its commit.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from render_platform.errors import Unavailable
+from render_platform.errors import Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA
 
 try:
@@ -26,6 +29,8 @@ except ImportError:  # a platform without the wheel uses the interpreter's own
     import sqlite3 as sqlite_module
 
 BUSY_TIMEOUT_S = 30
+_WRITER_LOCK = 0x72656E646572
+"""The key of PostgreSQL's advisory lock, one in a database."""
 
 metadata = sa.MetaData()
 
@@ -188,6 +193,24 @@ jobs = sa.Table(
     sa.Index("jobs_unfinished", "state", sqlite_where=sa.text("state IN ('queued', 'running')")),
     sa.Index("jobs_by_customer", "customer_ref", "job_id"),
 )
+acceptances = sa.Table(  # what entries of the live lane have said, or will say, of the jobs of each epoch
+    "acceptances",
+    metadata,
+    sa.Column("gateway_id", sa.Text, primary_key=True),
+    sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.Text, nullable=False),  # counting > settled; uncounted: begun before jobs were counted
+    sa.Column("sealed", sa.BigInteger, nullable=False),  # its jobs that have their event in a batch
+    sa.Column("through", sa.BigInteger),  # as last said, with `open` and `oldest`; null: not yet
+    sa.Column("open", sa.BigInteger, nullable=False),
+    sa.Column("oldest", sa.BigInteger, nullable=False),
+    sa.Index("acceptances_by_state", "state", "gateway_id", "epoch"),
+)
+batch_acceptances = sa.Table(  # a table and no column of `batches`: older state folders get it as they are opened
+    "batch_acceptances",
+    metadata,
+    sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=False),  # of the batch or watermark
+    sa.Column("acceptances", sa.Text, nullable=False),  # JSON, as its entry will have it
+)
 job_bodies = sa.Table(
     "job_bodies",
     metadata,
@@ -243,7 +266,15 @@ class Prepared:
             return 0
         sql, values_of, constants = self._compile(connection.dialect)
         values = [values_of({**constants, **row}) for row in rows] if constants else [values_of(row) for row in rows]
-        return connection.exec_driver_sql(sql, values).rowcount
+        cursor = connection.connection.cursor()  # the driver's own: SQLAlchemy's results cost more than the rows
+        try:
+            cursor.executemany(sql, values)
+            return int(cursor.rowcount)
+        except connection.dialect.loaded_dbapi.Error as error:
+            base = connection.dialect.loaded_dbapi.Error
+            raise sa.exc.DBAPIError.instance(sql, None, error, base, hide_parameters=True) from error
+        finally:
+            cursor.close()
 
     def with_values(self, connection: sa.Connection, **row: Any) -> tuple[str, Any]:
         """What `exec_driver_sql` takes, for a statement that reads."""
@@ -273,22 +304,22 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """Commits at the end: durable when the block is left. Any error rolls everything back."""
-        with self._connection("BEGIN IMMEDIATE") as connection, connection.begin():
+        with self._connection(writes=True) as connection, connection.begin():
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A snapshot that blocks no writer."""
-        with self._connection("BEGIN DEFERRED") as connection, connection.begin():
+        with self._connection(writes=False) as connection, connection.begin():
             yield connection
 
     def close(self) -> None:
         self.engine.dispose()
 
     @contextmanager
-    def _connection(self, begin: str) -> Iterator[sa.Connection]:
+    def _connection(self, *, writes: bool) -> Iterator[sa.Connection]:
         try:
-            with self.engine.connect().execution_options(sqlite_begin=begin) as connection:
+            with self.engine.connect().execution_options(writes=writes) as connection:
                 yield connection
         except sa.exc.OperationalError as error:
             raise Unavailable(
@@ -298,6 +329,10 @@ class Database:
             if isinstance(error, sa.exc.IntegrityError):
                 raise
             raise Unavailable(f"the database cannot be used: {error.orig}", "restore it from a backup") from error
+
+
+PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-65536", "wal_autocheckpoint=8000")
+"""64 MiB of pages in memory; the journal is folded into the file every 32 MiB, which costs two waits for the disk."""
 
 
 def open_sqlite(path: Path) -> Database:
@@ -314,14 +349,45 @@ def open_sqlite(path: Path) -> Database:
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are begun below, never by the driver
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE"))
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN DEFERRED")
 
-    database = Database(engine)
+    return _with_tables(Database(engine))
+
+
+def open_postgres(dsn: str) -> Database:
+    """Open the PostgreSQL database at `dsn` (`postgresql://user@host/name`), making its tables where they are missing.
+
+    Needs psycopg 3. Commits are durable when they return, whatever the server's default for synchronous_commit is.
+    """
+    durable = f"-c synchronous_commit=on -c lock_timeout={BUSY_TIMEOUT_S}s"
+    try:
+        address = sa.make_url(dsn).set(drivername="postgresql+psycopg")
+        engine = sa.create_engine(address, connect_args={"options": durable}, hide_parameters=True)
+    except ImportError as error:
+        raise Unavailable("PostgreSQL needs psycopg", "install psycopg[binary]") from error
+    except (sa.exc.ArgumentError, ValueError):  # its text may quote a password
+        raise UsageError("the PostgreSQL DSN is malformed", "give postgresql://user:password@host:port/name") from None
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        if _writes(connection):  # Each later statement sees what stood when the lock was given, and nothing after it.
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
+        else:
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+    return _with_tables(Database(engine))
+
+
+def _writes(connection: sa.Connection) -> bool:
+    return bool(connection.get_execution_options().get("writes", True))
+
+
+def _with_tables(database: Database) -> Database:
     with database.read() as connection:
         missing = metadata.tables.keys() - set(sa.inspect(connection).get_table_names())
     if missing:

@@ -9,7 +9,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,12 +135,9 @@ class UsageEvent:
 
     def __post_init__(self) -> None:
         """Refuse a record that could not be billed; RecordError names the field."""
-        for (name, nullable, good), value in zip(_CHECKS, _values_of(self), strict=True):
-            if value is None:
-                if not nullable:
-                    raise RecordError(name, "is missing")
-            elif not good(value):
-                raise RecordError(name, f"{value!r} is not a valid value", "see docs/formats.md for its type")
+        values = _values_of(self)
+        if not _plainly_good(values):
+            _refuse(values)
         if self.event_time < self.gpu_started_at:
             raise RecordError("event_time", "is before gpu_started_at")
         wall_ns = (self.event_time - self.gpu_started_at) * 1_000
@@ -148,6 +145,26 @@ class UsageEvent:
             raise RecordError(
                 "gpu_time_ns", f"{self.gpu_time_ns} is outside 0 … wall time × gpu_count, at most 50 hours"
             )
+
+
+def _refuse(values: Sequence[Any]) -> None:
+    """RecordError naming the first field that is not good, if there is one."""
+    for (name, nullable, good), value in zip(_CHECKS, values, strict=True):
+        if value is None:
+            if not nullable:
+                raise RecordError(name, "is missing")
+        elif not good(value):
+            raise RecordError(name, f"{value!r} is not a valid value", "see docs/formats.md for its type")
+
+
+def _plainly_good(values: Sequence[Any]) -> bool:
+    """Whether every field is good, asked of all numbers and of all ids at once; False may also mean: look closer."""
+    numbers = [value for value in _NUMBERS_OF(values) if value is not None]
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or max(numbers) >= 2**63:
+        return False
+    if {*map(type, _UUIDS_OF(values))} != {uuid.UUID} or None in _NEEDED_OF(values):
+        return False
+    return all(values[at] is None or good(values[at]) for at, good in _OTHERS)
 
 
 def _checker(field: pa.Field) -> Callable[[Any], bool]:
@@ -169,6 +186,10 @@ def _checker(field: pa.Field) -> Callable[[Any], bool]:
 _CHECKS = [(field.name, field.nullable, _checker(field)) for field in EVENT_SCHEMA]
 _values_of = attrgetter(*COLUMNS)
 _UUIDS = tuple(field.name for field in EVENT_SCHEMA if field.type == pa.uuid())
+_NUMBERS = tuple(f.name for f in EVENT_SCHEMA if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type))
+_NUMBERS_OF, _UUIDS_OF = (itemgetter(*map(COLUMNS.index, names)) for names in (_NUMBERS, _UUIDS))
+_NEEDED_OF = itemgetter(*(at for at, (_, nullable, _) in enumerate(_CHECKS) if not nullable))
+_OTHERS = [(at, good) for at, (name, _, good) in enumerate(_CHECKS) if name not in (*_NUMBERS, *_UUIDS)]
 
 
 def storage_row(event: UsageEvent) -> dict[str, Any]:

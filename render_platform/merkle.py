@@ -88,6 +88,26 @@ def inclusion_proof(index: int, hashes: Sequence[bytes]) -> list[bytes]:
     return proof
 
 
+def proof_ranges(index: int, size: int) -> list[tuple[int, int]]:
+    """What the nodes of an inclusion proof stand for: the leaves [start, end) of each, in the proof's order.
+
+    For those who hold a tree's upper hashes and not all of its leaves. Each range begins at a multiple of the largest
+    power of two that fits into it.
+    """
+    if not 0 <= index < size:
+        raise UsageError(f"no entry {index} in a tree of {size}", "ask for an index below its size")
+    ranges, start, end = [], 0, size
+    while end - start > 1:
+        split = start + (1 << (end - start - 1).bit_length() - 1)
+        if index < split:
+            ranges.append((split, end))
+            end = split
+        else:
+            ranges.append((start, split))
+            start = split
+    return ranges[::-1]
+
+
 def verify_inclusion(leaf: bytes, index: int, size: int, proof: Sequence[bytes], root: bytes) -> None:
     """Finding unless `proof` shows that leaf hash `leaf` is at `index` under `root` (RFC 9162, 2.1.3.2)."""
     if not 0 <= index < size:

@@ -1,9 +1,10 @@
-"""Signed notes and checkpoints: C2SP signed-note and tlog-checkpoint, with Ed25519 (algorithm 0x01).
+"""Signed notes, checkpoints and their cosignatures: C2SP signed-note, tlog-checkpoint and tlog-cosignature, Ed25519.
 
 - what is signed is the text with its last newline, without the blank line that follows it;
 - a signature line is `— <name> base64(keyID[4] || signature)`, with U+2014 and single spaces;
 - unknown keys are ignored, each (name, key id) counts once, a known key's bad signature refuses the note;
-- a private key lives in a file that only its owner can read, and never in an error, a repr or a log.
+- a witness's cosignature (0x04) says when it was made; neither its key nor a log's (0x01) can stand in for the other;
+- a private key lives in a file of its owner's alone or in the environment, and never in an error, a repr or a log.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol, Self, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -30,6 +31,7 @@ MAX_NOTE_CHARACTERS = 1_000_000
 MAX_SIGNATURES = 100
 MAX_KEY_FILE_BYTES = 4096
 _ED25519 = b"\x01"
+_COSIGNATURE = b"\x04"
 _DASH = "— "
 _UNFIT = re.compile(r"[\x00-\x09\x0b-\x1f\ud800-\udfff]")
 
@@ -65,28 +67,35 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Verifier:
+class PublicKey:
     """A public key under its name: what a verifier must be given beforehand."""
 
+    ALGORITHM: ClassVar[bytes]
+    KIND: ClassVar[str]
     name: str
     key_id: bytes
     public: bytes
 
     @classmethod
-    def parse(cls, vkey: str) -> Verifier:
-        """The key of `name+hex(key id)+base64(0x01 || public)`; UsageError where it is not exactly that."""
+    def of(cls, name: str, public: bytes) -> Self:
+        """The key of 32 bytes under `name`, with the key id that both give."""
+        return cls(name, key_id(name, public, cls.ALGORITHM), public)
+
+    @classmethod
+    def parse(cls, vkey: str) -> Self:
+        """The key of `name+hex(key id)+base64(algorithm || public)`; UsageError where it is not exactly that."""
         name, _, rest = vkey.partition("+")
         key = _unbase64(rest.partition("+")[2]) or b""
-        if not (_is_name(name) and len(key) == 33 and key[:1] == _ED25519):
-            raise UsageError("not an Ed25519 verifier key", "give it as <name>+<key id>+<base64>, on one line")
-        found = cls(name, key_id(name, key[1:]), key[1:])
+        if not (_is_name(name) and len(key) == 33 and key[:1] == cls.ALGORITHM):
+            raise UsageError(f"not an Ed25519 {cls.KIND} key", "give it as <name>+<key id>+<base64>, on one line")
+        found = cls.of(name, key[1:])
         if found.vkey != vkey:
-            raise UsageError(f"the verifier key of {name} has another key id", "copy the whole key again")
+            raise UsageError(f"the {cls.KIND} key of {name} has another key id", "copy the whole key again")
         return found
 
     @property
     def vkey(self) -> str:
-        return f"{self.name}+{self.key_id.hex()}+{_base64(_ED25519 + self.public)}"
+        return f"{self.name}+{self.key_id.hex()}+{_base64(self.ALGORITHM + self.public)}"
 
     def verifies(self, data: bytes, signature: bytes) -> bool:
         """Whether `signature` is this key's Ed25519 signature of `data`."""
@@ -95,6 +104,31 @@ class Verifier:
         except InvalidSignature:
             return False
         return True
+
+
+@dataclass(frozen=True)
+class Verifier(PublicKey):
+    """The key of who signs notes: a log's, for one."""
+
+    ALGORITHM = _ED25519
+    KIND = "verifier"
+
+
+@dataclass(frozen=True)
+class WitnessKey(PublicKey):
+    """The key of a witness, for cosignatures alone."""
+
+    ALGORITHM = _COSIGNATURE
+    KIND = "witness"
+
+
+@dataclass(frozen=True)
+class Cosignature:
+    """A witness's word that, at `time_s` (seconds since 1970), the checkpoint was the log's largest consistent one."""
+
+    key: WitnessKey
+    time_s: int
+    line: str
 
 
 class Signer(Protocol):
@@ -112,14 +146,13 @@ class Signer(Protocol):
 
 
 class FileSigner:
-    """A Signer whose key was read from a file; UsageError where `name` cannot be a key name."""
+    """A Signer whose key this process holds; UsageError where `name` cannot be a key name."""
 
     def __init__(self, name: str, key: Ed25519PrivateKey) -> None:
         if not _is_name(name):
             raise UsageError("not a key name", "use a name without spaces and '+', such as example.com/log")
         self._key = key
-        public = key.public_key().public_bytes_raw()
-        self._verifier = Verifier(name, key_id(name, public), public)
+        self._verifier = Verifier.of(name, key.public_key().public_bytes_raw())
 
     @property
     def name(self) -> str:
@@ -136,9 +169,9 @@ class FileSigner:
         return f"FileSigner({self._verifier.vkey})"
 
 
-def key_id(name: str, public: bytes) -> bytes:
-    """The four bytes that tell one name's keys apart (C2SP signed-note, Ed25519)."""
-    return hashlib.sha256(name.encode() + b"\n" + _ED25519 + public).digest()[:4]
+def key_id(name: str, public: bytes, algorithm: bytes = _ED25519) -> bytes:
+    """The four bytes that tell one name's keys apart (C2SP signed-note)."""
+    return hashlib.sha256(name.encode() + b"\n" + algorithm + public).digest()[:4]
 
 
 def sign_note(text: str, signers: Sequence[Signer]) -> str:
@@ -154,32 +187,77 @@ def open_note(note: str, verifiers: Sequence[Verifier]) -> tuple[str, list[str]]
 
     Finding where it is malformed, where a known key's signature is bad, and where no known key signed.
     """
+    text, keys = signers_of(note, verifiers)
+    return text, [key.name for key in keys]
+
+
+def signers_of(note: str, verifiers: Sequence[Verifier]) -> tuple[str, list[Verifier]]:
+    """As `open_note`, with the keys themselves."""
     text, signatures = _split(note)
-    known = {(verifier.name, verifier.key_id): verifier for verifier in verifiers}
-    seen: dict[tuple[str, bytes], str] = {}
+    known = _by_identity(verifiers)
+    seen: dict[Verifier, None] = {}
     for name, identity, signature in signatures:
         verifier = known.get((name, identity))
         if verifier is None:
             continue
         if not verifier.verifies(text.encode(), signature):
             raise Finding(f"note: the signature of {name} is wrong")
-        seen[name, identity] = name
+        seen[verifier] = None
     if not seen:
         raise Finding("note: no known key has signed it")
-    return text, list(seen.values())
+    return text, list(seen)
+
+
+def cosignature_line(text: str, signer: Signer, time_s: int) -> str:
+    """The witness `signer`'s cosignature of a checkpoint's text, as a signature line with its newline."""
+    key = WitnessKey.of(signer.name, signer.verifier.public)
+    signed = time_s.to_bytes(8, "big") + signer.sign(_cosigned(text, time_s))
+    return f"{_DASH}{key.name} {_base64(key.key_id + signed)}\n"
+
+
+def cosignatures_of(note: str, witnesses: Sequence[WitnessKey]) -> list[Cosignature]:
+    """The cosignatures of `witnesses` on `note`, each key's newest alone, in the order of their keys' first lines.
+
+    Finding where the note is malformed, and where a known witness's cosignature is bad. Does not ask who signed the
+    note itself.
+    """
+    text, signatures = _split(note)
+    known = _by_identity(witnesses)
+    found: dict[WitnessKey, Cosignature] = {}
+    for name, identity, payload in signatures:
+        key = known.get((name, identity))
+        if key is None:
+            continue
+        time_s = int.from_bytes(payload[:8], "big")
+        if not (0 < time_s < 1 << 63 and key.verifies(_cosigned(text, time_s), payload[8:])):
+            raise Finding(f"note: the cosignature of {name} is wrong")
+        if key not in found or found[key].time_s < time_s:
+            found[key] = Cosignature(key, time_s, f"{_DASH}{name} {_base64(identity + payload)}\n")
+    return list(found.values())
 
 
 def read_checkpoint(data: bytes, verifiers: Sequence[Verifier]) -> Checkpoint:
     """The checkpoint that `data` holds, signed by the known key that has its origin as name; or Finding."""
-    try:
-        note = data.decode()
-    except UnicodeDecodeError as error:
-        raise Finding("note: not UTF-8") from error
-    text, names = open_note(note, verifiers)
+    text, names = open_note(_decoded(data), verifiers)
     checkpoint = Checkpoint.parse(text)
     if checkpoint.origin not in names:
         raise Finding(f"checkpoint: not signed by the known key of its origin {checkpoint.origin}")
     return checkpoint
+
+
+def claimed_checkpoint(data: bytes) -> Checkpoint:
+    """The checkpoint that `data` holds, whoever signed it: for choosing the keys to check it with. Or Finding."""
+    return Checkpoint.parse(_split(_decoded(data))[0])
+
+
+def signer_from_environment(variable: str, environ: Mapping[str, str] | None = None) -> FileSigner:
+    """The key in a variable that holds the line of a key file; UsageError where it does not, without showing it."""
+    text = (os.environ if environ is None else environ).get(variable, "")
+    signer = _parse_private(text.encode(errors="replace")) if len(text) <= MAX_KEY_FILE_BYTES else None
+    if signer is None:
+        state = "does not hold an Ed25519 key on one line" if text else "is not set"
+        raise UsageError(f"the variable {variable} {state}", "set it to the one line of a key file")
+    return signer
 
 
 def load_or_create_key(path: Path, name: str) -> FileSigner:
@@ -272,6 +350,30 @@ def _parse_signature(line: str) -> tuple[str, bytes, bytes]:
     if not (line.startswith(_DASH) and space and _is_name(name) and len(data) > 4):
         raise Finding("note: a signature line is malformed")
     return name, data[:4], data[4:]
+
+
+_Key = TypeVar("_Key", bound=PublicKey)
+
+
+def _by_identity(keys: Iterable[_Key]) -> dict[tuple[str, bytes], _Key]:
+    """UsageError where two keys share name and key id: nobody could tell which of them a line is of."""
+    known: dict[tuple[str, bytes], _Key] = {}
+    for key in keys:
+        if known.setdefault((key.name, key.key_id), key) != key:
+            raise UsageError(f"two keys of {key.name} have the key id {key.key_id.hex()}", "give one of them")
+    return known
+
+
+def _cosigned(text: str, time_s: int) -> bytes:
+    """What a cosignature signs (C2SP tlog-cosignature, v1)."""
+    return f"cosignature/v1\ntime {time_s}\n{text}".encode()
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise Finding("note: not UTF-8") from error
 
 
 def _is_text(text: str) -> bool:

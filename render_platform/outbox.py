@@ -16,8 +16,21 @@ import pyarrow as pa
 import sqlalchemy as sa
 
 from render_platform.clock import HOUR_US, Ids, hour_of
-from render_platform.database import UNPUBLISHED, Database, Prepared, batches, customers, lanes, usage_events
-from render_platform.errors import RecordError, UsageError
+from render_platform.database import (
+    UNPUBLISHED,
+    Database,
+    Prepared,
+    batches,
+    customers,
+    idempotency_keys,
+    job_outputs,
+    jobs,
+    lanes,
+    log_entries,
+    usage_events,
+    webhooks,
+)
+from render_platform.errors import RecordError, Unavailable, UsageError
 from render_platform.events import COLUMNS, Totals, UsageEvent, storage_row, table_from_rows
 
 LIVE = "live"
@@ -26,6 +39,11 @@ CUSTOMER_CONTEXT = b"render-platform/customer/v1\n"
 _INSERT = Prepared(usage_events.insert(), *COLUMNS, "lane")
 _LANE = Prepared(sa.select(lanes.c.state, lanes.c.frontier_us).where(lanes.c.lane == sa.bindparam("of")))
 _ADVANCE = Prepared(lanes.update().where(lanes.c.lane == sa.bindparam("of")).values(frontier_us=sa.bindparam("to")))
+_REF = Prepared(
+    sa.select(customers.c.customer_ref).where(
+        customers.c.issuer == sa.bindparam("issuer"), customers.c.customer_id == sa.bindparam("id")
+    )
+)
 EVENT_COLUMNS = [usage_events.c[name] for name in COLUMNS]
 
 
@@ -35,6 +53,13 @@ class Backlog(NamedTuple):
     rows: int
     batches: int
     oldest_recorded_at: int | None
+
+
+class Opening(NamedTuple):
+    """What a `customer_ref` is the hash of."""
+
+    customer_id: str
+    salt: bytes
 
 
 def customer_ref(salt: bytes, customer_id: str) -> str:
@@ -49,9 +74,7 @@ class Outbox:
 
     def customer_ref(self, connection: sa.Connection, issuer: str, customer_id: str) -> str:
         """The customer's reference, with a salt made on first sight; inside the caller's transaction."""
-        known = connection.execute(
-            sa.select(customers.c.customer_ref).filter_by(issuer=issuer, customer_id=customer_id)
-        ).scalar()
+        known = connection.exec_driver_sql(*_REF.with_values(connection, issuer=issuer, id=customer_id)).scalar()
         if known is not None:
             return str(known)
         salt = self._ids.random(32)
@@ -196,3 +219,111 @@ def rows_of_batch(connection: sa.Connection, batch_id: str) -> pa.Table:
         sa.select(*EVENT_COLUMNS).where(usage_events.c.batch_id == batch_id).order_by(usage_events.c.event_id)
     ).all()
     return table_from_rows(found)
+
+
+# Who stands behind a reference, and the erasure of it. The order of an erasure is in `receipts.Erasure`.
+
+
+def opening_of(connection: sa.Connection, ref: str) -> Opening | None:
+    """What `ref` is the hash of; None where the customer was erased."""
+    row = connection.execute(sa.select(customers).filter_by(customer_ref=ref)).one_or_none()
+    return None if row is None else Opening(str(row.customer_id), bytes(row.salt))
+
+
+def ref_to_erase(connection: sa.Connection, issuer: str, customer_id: str) -> str | None:
+    """The customer's reference; None where there is none. UsageError while a job of the customer has not ended."""
+    query = sa.select(customers.c.customer_ref).filter_by(issuer=issuer, customer_id=customer_id)
+    ref = connection.execute(query).scalar()
+    running = sa.select(jobs.c.job_id).where(jobs.c.customer_ref == ref, jobs.c.state.in_(("queued", "running")))
+    if ref is not None and connection.execute(running.limit(1)).scalar() is not None:
+        raise UsageError("a job of this customer has not ended", "cancel it, or let it end, and erase then")
+    return None if ref is None else str(ref)
+
+
+def forget_customer(connection: sa.Connection, issuer: str, customer_id: str, ref: str | None) -> None:
+    """Delete all that names the customer, inside the caller's transaction; harmless to repeat.
+
+    That is: salt and mapping of `ref`; every row elsewhere that has this issuer and id (API keys, settings); the id in
+    the lists of meters' keys; and what the customer chose or got (idempotency keys, webhooks, outputs). Deleted content
+    is overwritten in the pages of SQLite's file; `truncate_wal` takes it out of the log of writes.
+    """
+    sqlite = connection.dialect.name == "sqlite"
+    if sqlite:
+        connection.exec_driver_sql("PRAGMA secure_delete=ON")
+    named = {"issuer": issuer, "customer_id": customer_id}
+    for table in _tables_with(connection, *named):
+        connection.execute(table.delete().filter_by(**named))
+    _leave_meters(connection, issuer, customer_id)
+    if ref is None:
+        return
+    mine = sa.select(jobs.c.job_id).filter_by(customer_ref=ref)
+    for of_jobs in (job_outputs, webhooks):
+        connection.execute(of_jobs.delete().where(of_jobs.c.job_id.in_(mine)))
+    connection.execute(
+        jobs.update().where(jobs.c.customer_ref == ref, jobs.c.webhook.is_not(None)).values(webhook=None)
+    )
+    connection.execute(idempotency_keys.delete().filter_by(customer_ref=ref))
+    if connection.execute(customers.delete().filter_by(customer_ref=ref)).rowcount and sqlite:
+        _rebuild_customers(connection)
+
+
+def forget_erased(connection: sa.Connection) -> int:
+    """Forget again whom the log says is erased: an older copy of the database has them back. Gives how many."""
+    erased = sa.select(log_entries.c.batch_id).filter_by(type="erasure")
+    rows = connection.execute(sa.select(customers).where(customers.c.customer_ref.in_(erased))).all()
+    for row in rows:
+        forget_customer(connection, row.issuer, row.customer_id, row.customer_ref)
+    return len(rows)
+
+
+def truncate_wal(database: Database) -> None:
+    """Bring SQLite's log of writes into its file, and empty it: until then it holds pages as they were before.
+
+    Unavailable where somebody still reads those pages, for as long as SQLite waits.
+    """
+    if database.engine.dialect.name != "sqlite":
+        return
+    connection = database.engine.raw_connection()
+    try:
+        cursor = connection.cursor()
+        (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    finally:
+        connection.close()
+    if busy:
+        raise Unavailable(
+            "the database's log of writes is in use, and may still hold what was erased", "run the command again"
+        )
+
+
+def _tables_with(connection: sa.Connection, *columns: str) -> list[sa.TableClause]:
+    """Every table of the database that has these columns, but the customers' own; whichever module declares it."""
+    inspector = sa.inspect(connection)
+    names = [name for name in inspector.get_table_names() if name != customers.name]
+    return [
+        sa.table(name, *map(sa.column, columns))
+        for name in names
+        if {column["name"] for column in inspector.get_columns(name)}.issuperset(columns)
+    ]
+
+
+def _leave_meters(connection: sa.Connection, issuer: str, customer_id: str) -> None:
+    """Take the id out of the customers that the issuer's keys of meters may report about."""
+    for table in _tables_with(connection, "key_id", "issuer", "customers"):
+        query = sa.select(table.c.key_id, table.c.customers).where(
+            table.c.issuer == issuer, table.c.customers.contains(customer_id, autoescape=True)
+        )
+        for key_id, text in connection.execute(query).all():
+            left = ",".join(one for one in text.split(",") if one != customer_id) or None
+            connection.execute(table.update().filter_by(key_id=key_id).values(customers=left))
+
+
+def _rebuild_customers(connection: sa.Connection) -> None:
+    """Write the table anew, and its old pages over with zeros.
+
+    SQLite moves rows between pages as a table grows, without clearing where they stood: deleting a row overwrites the
+    last of its places only.
+    """
+    connection.exec_driver_sql("ALTER TABLE customers RENAME TO customers_before")
+    customers.create(connection)
+    connection.exec_driver_sql("INSERT INTO customers SELECT * FROM customers_before")
+    connection.exec_driver_sql("DROP TABLE customers_before")

@@ -20,19 +20,19 @@ import sqlalchemy as sa
 from render_platform.audit_log import AuditLog, BatchLogger, Mark, create_head
 from render_platform.batches import decode
 from render_platform.canonical import digest_of
-from render_platform.cas import Cas
+from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import DAY_US, WINDOW_US, Clock, Ids, SystemClock, SystemIds, iso
 from render_platform.config import Settings
-from render_platform.database import batches, checkpoints, open_sqlite
+from render_platform.database import Database, batches, checkpoints, log_entries, open_sqlite
 from render_platform.delivery import Delivery
-from render_platform.entries import END_OF_TIME_US, FIRST_PREVIOUS, AuditEntry
+from render_platform.entries import END_OF_TIME_US, FIRST_PREVIOUS, AuditEntry, parse
 from render_platform.errors import Finding, Unavailable, UsageError
 from render_platform.events import Key, merkle_root
 from render_platform.evidence import Evidence, Progress, Verification
 from render_platform.hours import Hours, entries_of_hour, mark_dirty, mark_reported, mark_unchanged
-from render_platform.note import Checkpoint, FileSigner, load_or_create_key
-from render_platform.objects import FolderObjects
+from render_platform.keyring import Keyring, Pinned, open_signers, settle_key_files
+from render_platform.note import Checkpoint, Signer, load_or_create_key
 from render_platform.outbox import Outbox
 from render_platform.reconciliation import (
     HourReport,
@@ -47,6 +47,7 @@ from render_platform.repair import Repairs
 from render_platform.sealing import Sealer
 from render_platform.slow_path import SlowPath, of_keys, run_query
 from render_platform.verification import verify
+from render_platform.witness import Witnesses, parse_members
 
 DuckDB = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
 
@@ -80,15 +81,16 @@ class Platform:
         self._duckdb_connect = duckdb_connect
         _make_state_folder(settings.state_dir)
         self.database = open_sqlite(settings.database_path)
-        begun = create_head(self.database) > 0
-        self.log_signer = _key(settings.keys_dir / "checkpoint.key", _origin(ids), begun)
-        self.attestation_signer = _key(
-            settings.keys_dir / "attestation.key", f"{self.log_signer.name}/attestation", begun
-        )
-        self.blobs = FolderObjects(settings.blobs_dir, ids)
-        self.log_objects = FolderObjects(settings.log_dir, ids)
+        self.blobs, self.log_objects = open_objects(settings, ids)
         self.cas = Cas(self.blobs)
-        self.log = AuditLog(self.database, self.cas, self.log_objects, self.log_signer)
+        keys = RoleKeys(settings, self.database, self.cas)
+        signers = keys.signers("checkpoint", settings.checkpoint_signer, _origin(ids))
+        self.log_signer = signers[0]
+        name = f"{self.log_signer.name}/attestation"
+        self.attestation_signer = keys.signers("attestation", settings.attestation_signer, name)[0]
+        self.log = AuditLog(
+            self.database, self.cas, self.log_objects, *signers, witnesses=_witnesses(settings, self.clock)
+        )
         self.outbox = Outbox(self.database, ids)
         self.hours = Hours(self.database, clock, settings.fast_path_deadline_s)
         self.slow = SlowPath(self.cas, self._published_batches)
@@ -200,17 +202,23 @@ class Platform:
         deep: bool = False,
         start_us: int = 0,
         end_us: int = END_OF_TIME_US,
+        only_range: bool = False,
         progress: Progress = lambda *_: None,
     ) -> Verification:
         """See verification.verify; with this state's own keys, and the checkpoints that its database remembers."""
-        evidence = Evidence(
+        return verify(
+            self.evidence(), deep=deep, start_us=start_us, end_us=end_us, only_range=only_range, progress=progress
+        )
+
+    def evidence(self) -> Evidence:
+        """What auditors verify, with this state's own keys, and the checkpoints that its database remembers."""
+        return Evidence(
             log=self.log_objects,
             blobs=self.blobs,
             log_keys=[self.log_signer.verifier],
             attestation_keys=[self.attestation_signer.verifier],
             history=self.history(),
         )
-        return verify(evidence, deep=deep, start_us=start_us, end_us=end_us, progress=progress)
 
     def stored_unlogged(self) -> list[dict[str, Any]]:
         """The batches that are stored and not yet logged: what a check can still keep out of the log."""
@@ -322,6 +330,8 @@ def open_platform(
         )
     platform = Platform(settings, clock or SystemClock(), ids or SystemIds(), duckdb_connect)
     try:
+        if create:
+            check_stores(settings, platform.ids)
         yield platform
     finally:
         platform.close()
@@ -341,11 +351,38 @@ def _make_state_folder(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be a state folder: {error.strerror}", "give --state a folder") from error
 
 
-def _key(path: Path, name: str, begun: bool) -> FileSigner:
-    """The key at `path`, made on first use. A log that has begun cannot go on under another key."""
-    if begun and not path.exists():
-        raise Unavailable(f"{path} is missing", "restore the key from a copy: this log was begun under it")
-    return load_or_create_key(path, name)
+class RoleKeys:
+    """Whose keys a state folder signs with, as the log in SQL says of them."""
+
+    def __init__(self, settings: Settings, database: Database, cas: Cas) -> None:
+        self._folder = settings.keys_dir
+        self.log_size = create_head(database)
+        with database.read() as connection:
+            select = sa.select(log_entries.c.log_index, log_entries.c.entry).filter_by(type="key")
+            rows = connection.execute(select.order_by(log_entries.c.log_index)).all()
+        entries = [(row.log_index, parse(bytes(row.entry))) for row in rows]
+        self.keyring = Keyring.from_entries(entries, Pinned(), cas.get)
+
+    def path(self, role: str) -> Path:
+        return self._folder / f"{role}.key"
+
+    def signers(self, role: str, source: str, name: str, *, old: bool = True) -> list[Signer]:
+        """Who signs in that role, the key in force first. The folder's own key is made under `name` on first use;
+        where the log has begun under it (`old`), it must be there."""
+        path = self.path(role)
+        if not source:
+            settle_key_files(role, path, self.keyring, self.log_size)
+            if old and self.log_size and not path.exists():
+                raise Unavailable(f"{path} is missing", "restore the key from a copy: this log was begun under it")
+            load_or_create_key(path, name)
+        return open_signers(source, path)
+
+
+def _witnesses(settings: Settings, clock: Clock) -> Witnesses | None:
+    members = parse_members(settings.witnesses)
+    if not members:
+        return None
+    return Witnesses(members, settings.witness_quorum, settings.witness_policy, settings.witness_timeout_s, clock)
 
 
 def _origin(ids: Ids) -> str:

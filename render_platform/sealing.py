@@ -4,16 +4,30 @@
 
 `filling` takes rows, a few thousand a transaction, so that other writers never wait long. `closed` fixes the set of
 rows. `sealed` adds the Merkle root over them. Each step re-reads its state: any of them may be run again, at any time.
+
+With each batch and watermark of the live lane it is also fixed which jobs the gateways have accepted by then, and how
+many of them have no event in a batch yet (docs/formats.md, "Acceptance ranges"): counted in the same transactions.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import sqlalchemy as sa
 
 from render_platform.clock import HOUR_US, Clock, hour_of, iso
-from render_platform.database import Database, batches, lanes, usage_events
+from render_platform.database import (
+    Database,
+    acceptances,
+    batch_acceptances,
+    batches,
+    gateways,
+    jobs,
+    lanes,
+    usage_events,
+)
+from render_platform.entries import MAX_ACCEPTANCES
 from render_platform.events import merkle_root
 from render_platform.outbox import LIVE, rows_of_batch
 
@@ -52,6 +66,8 @@ class Sealer:
         A crash before the commit: as before. After it: the batch is still `filling`, and the next call goes on.
         """
         with self._database.write() as connection:
+            if lane == LIVE:
+                _begin_counting(connection)
             batch = self._filling(connection, lane)
             if batch is None:
                 self._declare_hours(connection, lane)
@@ -91,6 +107,8 @@ class Sealer:
             .order_by(usage_events.c.recorded_at, usage_events.c.event_id)
             .limit(limit)
         )
+        if batch.lane == LIVE:
+            _count_ended(connection, chosen)
         update = usage_events.update().where(usage_events.c.event_id.in_(chosen)).values(batch_id=batch.batch_id)
         return int(connection.execute(update).rowcount)
 
@@ -119,6 +137,8 @@ class Sealer:
                 complete_until=complete_until(connection, batch.lane),
             )
         )
+        if batch.lane == LIVE:
+            _declare_acceptances(connection, batch.ordinal)
 
     def _root_closed(self, lane: str) -> list[str]:
         """`closed` → `sealed`. The rows are fixed by now, so that reading them needs no lock."""
@@ -148,7 +168,7 @@ class Sealer:
                     lane=lane, hour_us=hour, type="usage_batch"
                 )
             ).all()
-            connection.execute(
+            declared = connection.execute(
                 batches.insert().values(
                     batch_id=f"watermark/{lane}/{iso(hour)[:13]}",
                     type="watermark",
@@ -160,6 +180,8 @@ class Sealer:
                     complete_until=until,
                 )
             )
+            if lane == LIVE and declared.inserted_primary_key is not None:
+                _declare_acceptances(connection, declared.inserted_primary_key[0])
             hour += HOUR_US
         if hour != begin:
             connection.execute(lanes.update().where(lanes.c.lane == lane).values(next_watermark_us=hour))
@@ -176,3 +198,107 @@ def complete_until(connection: sa.Connection, lane: str) -> int:
     frontier = int(connection.execute(sa.select(lanes.c.frontier_us).filter_by(lane=lane)).scalar_one())
     oldest = _oldest_unsealed(connection, lane)
     return frontier if oldest is None else min(frontier, oldest)
+
+
+# Acceptances: which jobs were accepted, and which of them have ended, as the entries of the live lane say it.
+
+
+def _begin_counting(connection: sa.Connection) -> None:
+    """A row for each epoch that has begun, from a gateway's first. Of a gateway whose jobs were sealed before there was
+    any row, the epochs until now stay uncounted: nobody can say any more which entry each of its jobs belongs to."""
+    for gateway in connection.execute(sa.select(gateways.c.gateway_id, gateways.c.epoch)).all():
+        newest = sa.select(sa.func.max(acceptances.c.epoch)).filter_by(gateway_id=gateway.gateway_id)
+        known = connection.execute(newest).scalar()
+        state, first = "counting", (known or 0) + 1
+        if known is None and _sealed_before(connection, gateway.gateway_id):
+            state, first = "uncounted", gateway.epoch
+        begun = [
+            {"gateway_id": gateway.gateway_id, "epoch": epoch, "state": state, "sealed": 0, "open": 0, "oldest": 1}
+            for epoch in range(first, gateway.epoch + 1)
+        ]
+        if begun:
+            connection.execute(acceptances.insert(), begun)
+
+
+def _sealed_before(connection: sa.Connection, gateway_id: str) -> bool:
+    own = sa.select(usage_events.c.event_id).where(
+        usage_events.c.source == f"gateway/{gateway_id}", usage_events.c.batch_id.is_not(None)
+    )
+    return connection.execute(own.limit(1)).scalar() is not None
+
+
+def _count_ended(connection: sa.Connection, chosen: sa.Select[Any]) -> None:
+    """Before the `chosen` events move into a batch: how many jobs of each epoch have ended with them."""
+    found = connection.execute(
+        sa.select(jobs.c.gateway_id, jobs.c.epoch, sa.func.count().label("ended"))
+        .join(usage_events, usage_events.c.job_id == jobs.c.job_id)
+        .where(usage_events.c.event_id.in_(chosen))
+        .group_by(jobs.c.gateway_id, jobs.c.epoch)
+    )
+    for gateway_id, epoch, ended in found.all():
+        connection.execute(
+            acceptances.update()
+            .where(acceptances.c.gateway_id == gateway_id, acceptances.c.epoch == epoch)
+            .where(acceptances.c.state != "uncounted")
+            .values(sealed=acceptances.c.sealed + ended, state="counting")
+        )
+
+
+def _declare_acceptances(connection: sa.Connection, ordinal: int) -> None:
+    """Fix what the entry of this batch or watermark will say: every epoch of which something has changed.
+
+    One transaction fixes the rows and these figures: no accept and no end can come in between. An entry holds
+    MAX_ACCEPTANCES of them; what is left over stays `counting`, and stands in the entries after it.
+    """
+    query = sa.select(acceptances, gateways.c.epoch.label("current"))
+    query = query.join(gateways, gateways.c.gateway_id == acceptances.c.gateway_id).where(
+        acceptances.c.state == "counting"
+    )
+    epochs = connection.execute(query.order_by(acceptances.c.gateway_id, acceptances.c.epoch)).all()
+    waiting = _unfinished(connection) if epochs else {}
+    said: list[dict[str, Any]] = []
+    for known in epochs:
+        now = _standing(connection, known, waiting)
+        if now != (known.through, known.open, known.oldest):
+            if len(said) == MAX_ACCEPTANCES:
+                break
+            first = {"gateway": known.gateway_id, "epoch": known.epoch, "from": (known.through or 0) + 1}
+            said.append({**first, "through": now[0], "open": now[1], "oldest": now[2]})
+        over = known.epoch < known.current and not now[1]
+        connection.execute(
+            acceptances.update()
+            .where(acceptances.c.gateway_id == known.gateway_id, acceptances.c.epoch == known.epoch)
+            .values(through=now[0], open=now[1], oldest=now[2], state="settled" if over else "counting")
+        )
+    if said:
+        connection.execute(batch_acceptances.insert().values(ordinal=ordinal, acceptances=json.dumps(said)))
+
+
+_Waiting = dict[tuple[str, int], tuple[int, int]]
+"""By gateway and epoch: how many jobs have not ended, and the lowest number among them."""
+
+
+def _unfinished(connection: sa.Connection) -> _Waiting:
+    """The states stand in the statement as text, so that the index of unfinished jobs serves."""
+    states = sa.or_(jobs.c.state == sa.literal_column("'queued'"), jobs.c.state == sa.literal_column("'running'"))
+    found = connection.execute(
+        sa.select(jobs.c.gateway_id, jobs.c.epoch, sa.func.count(), sa.func.min(jobs.c.seq))
+        .where(states)
+        .group_by(jobs.c.gateway_id, jobs.c.epoch)
+    )
+    return {(row[0], row[1]): (row[2], row[3]) for row in found}
+
+
+def _standing(connection: sa.Connection, known: Any, waiting: _Waiting) -> tuple[int, int, int]:
+    """An epoch's (through, open, oldest) now. `oldest` moves up only where the jobs that wait are all that is open.
+
+    What has ended and is unsealed, what SQL has lost and what ended without an event is open too, and holds it back.
+    """
+    epoch = {"gateway_id": known.gateway_id, "epoch": known.epoch}
+    last = connection.execute(sa.select(sa.func.max(jobs.c.seq)).filter_by(**epoch)).scalar()
+    through = max(last or 0, known.through or 0)
+    still_open = through - known.sealed
+    if not still_open:
+        return through, 0, through + 1
+    count, lowest = waiting.get((known.gateway_id, known.epoch), (0, 0))
+    return through, still_open, lowest if count == still_open else known.oldest

@@ -25,6 +25,7 @@ from render_platform.events import UsageEvent
 from render_platform.evidence import Evidence, Problem, Verification
 from render_platform.fast_path import batch_token
 from render_platform.note import Checkpoint, FileSigner
+from render_platform.objects import FileStat, Stat
 from render_platform.pipeline import Platform
 from render_platform.verification import verify
 from tests import chdb_server, factories
@@ -64,13 +65,14 @@ class MemoryObjects:
     def names(self, prefix: str = "") -> Iterator[str]:
         yield from sorted(path for path in self.files if path.startswith(prefix))
 
-    def move_aside(self, path: str) -> str:
-        name = f"quarantine/{path.replace('/', '-')}-{len(self.files)}"
-        while name in self.files:
-            name += "-"
-        self.files[name] = self.read(path)
-        del self.files[path]
-        return name
+    def stats(self, prefix: str = "") -> Iterator[tuple[str, FileStat]]:
+        yield from ((name, self.stat(name)) for name in self.names(prefix))
+
+    def stat(self, path: str) -> FileStat:
+        return FileStat(len(self.read(path)), 0, "")
+
+    def delete(self, path: str, seen: Stat) -> bool:
+        return self.files.pop(path, None) is not None
 
 
 # Platforms.

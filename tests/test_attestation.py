@@ -68,6 +68,9 @@ def test_it_says_what_the_batch_holds() -> None:
     events = make_events(20, 1)
     assert statement["_type"] == "https://in-toto.io/Statement/v1"
     assert statement["subject"] == [{"name": "2023-11-16T18-00000", "digest": {"sha256": DIGEST}}]
+    resources = statement["predicate"].pop("resources")
+    assert sum(resource["gpu_time_ns"] for resource in resources) == sum(event.gpu_time_ns for event in events)
+    assert sum(resource["events"] for resource in resources) == 20
     assert statement["predicate"] == {
         "events": 20,
         "gpu_time_ns": sum(event.gpu_time_ns for event in events),
@@ -77,6 +80,16 @@ def test_it_says_what_the_batch_holds() -> None:
         "last_event_time_us": max(event.event_time for event in events),
         "software": "render-platform/1",
     }
+
+
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_a_batch_ends_where_its_footer_says(rows: int) -> None:
+    data = batches.encode(make_table(rows, 1))
+    assert batches.decode(data).num_rows == rows
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") :]
+    for padded in (data + b"PAR1", data + b"hidden" + footer, data + data):
+        with pytest.raises(Finding, match="Parquet"):
+            batches.decode(padded)
 
 
 def test_the_same_batch_gives_the_same_bytes_and_they_are_canonical() -> None:

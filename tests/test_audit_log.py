@@ -20,7 +20,7 @@ from render_platform.database import log_head, open_sqlite
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, PlatformError, SequencerStopped
 from render_platform.note import Signer, load_or_create_key, read_checkpoint
-from render_platform.objects import FolderObjects, ObjectStore
+from render_platform.objects import FolderObjects, ObjectStore, Stat
 from tests.platforms import (
     check_chain,
     connect,
@@ -216,8 +216,14 @@ class HookedObjects:
     def names(self, prefix: str = "") -> Iterator[str]:
         return self._objects.names(prefix)
 
-    def move_aside(self, path: str) -> str:
-        return self._objects.move_aside(path)
+    def stats(self, prefix: str = "") -> Iterator[tuple[str, Stat]]:
+        return self._objects.stats(prefix)
+
+    def stat(self, path: str) -> Stat:
+        return self._objects.stat(path)
+
+    def delete(self, path: str, seen: Stat) -> bool:
+        return self._objects.delete(path, seen)
 
 
 def test_a_sequencer_whose_head_is_taken_chains_to_the_new_one(tmp_path: Path) -> None:

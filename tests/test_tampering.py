@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import random
@@ -14,13 +15,15 @@ import pytest
 
 from render_platform import tiles
 from render_platform.cas import digest_at
-from render_platform.clock import HOUR_US
+from render_platform.clock import HOUR_US, SystemClock
 from render_platform.database import checkpoints
 from render_platform.evidence import Evidence, Verification
-from render_platform.note import Checkpoint
+from render_platform.note import Checkpoint, cosignatures_of
 from render_platform.objects import FolderObjects
 from render_platform.verification import verify
+from render_platform.witness import make_witness, open_witness
 from tests import chdb_server
+from tests.commands import run_inside, trace_rows, write_trace
 from tests.factories import make_events
 from tests.stories import (
     AFTER_HOUR,
@@ -39,6 +42,7 @@ from tests.stories import (
     run_in_clickhouse,
     said,
 )
+from tests.tampering_cases import ROWS, Scene, fork_the_log, make_scene, problems_of, rotate_the_key, submission
 
 FLIPS = 6
 
@@ -330,3 +334,57 @@ def test_a_partial_tile_left_over_after_its_full_one_need_not_be_remembered(long
 def test_names_promise_digests(state: State) -> None:
     for name in state.names("blobs/"):
         assert digest_at(name.removeprefix("blobs/")) == hashlib.sha256(state.whole[name]).hexdigest()
+
+
+# The table: what somebody who reaches the folders can do, and what the command says of it.
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene") / "state")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_of_the_table_is_detected_and_named(scene: Scene, tmp_path: Path, name: str) -> None:
+    row, harmed = ROWS[name], scene.copy(tmp_path / "state")
+    command = ["verify", "--state", harmed.state, *row.options(harmed)]
+    before = run_inside(*command)
+    assert before.code == 0, before.said
+    places = row.harm(harmed)
+    after = run_inside(*command)
+    assert after.code == 1, after.said
+    for place in places:
+        found = [problem["what"] for problem in problems_of(after.stdout) if problem["where"] == place]
+        assert any(row.what in what for what in found), f"{place} is not named with {row.what!r}: {after.stdout}"
+
+
+def test_bytes_after_the_end_of_gzip_are_refused(tmp_path: Path) -> None:
+    """No evidence is gzip; traces may be, and nothing is billed of one that goes on after its last member."""
+    whole = gzip.compress(write_trace(tmp_path / "trace.csv", trace_rows(5)).read_bytes())
+    trace = tmp_path / "trace.csv.gz"
+    for data in (whole + b"\x01", whole[:-8] + whole, whole + whole[:20]):
+        trace.write_bytes(data)
+        outcome = run_inside("demo", "--state", tmp_path / "state", "--trace", trace)
+        assert outcome.code == 2, outcome.said
+        assert f"{trace}: the gzip data is damaged" in outcome.stderr.replace("\n", "")
+
+
+def test_a_log_signed_again_with_a_key_stolen_before_its_rotation_is_found_by_a_witness(
+    scene: Scene, tmp_path: Path
+) -> None:
+    """The old key may sign sizes before the rotation for good: to who pinned it, the thief's log is a whole one."""
+    true, forged = scene.copy(tmp_path / "true"), scene.copy(tmp_path / "forged")
+    size, log = scene.sizes[-1], rotate_the_key(true)
+    fork_the_log(forged)
+    alone = run_inside("verify", "--state", forged.state, *forged.pins, "--json")
+    assert alone.code == 0, alone.said
+    note = (forged.log / "checkpoint").read_text()
+    make_witness(tmp_path / "witness", "example.com/witness")
+    with open_witness(tmp_path / "witness", [log.old.verifier, log.new.verifier], SystemClock()) as witness:
+        cosigned = witness.add_checkpoint(submission(0, [], log.before))
+        assert cosigned.status == 200, cosigned.body
+        refused = witness.add_checkpoint(submission(size, [], note))
+        assert (refused.status, refused.body) == (409, f"two roots of size {size}: the log has forked\n")
+        assert witness.add_checkpoint(submission(size, log.proof, log.after)).status == 200
+        twice = log.before + cosigned.body * 2
+        assert [len(cosignatures_of(text, [witness.key])) for text in (twice, note)] == [1, 0]

@@ -178,7 +178,7 @@ def test_an_event_in_two_batches_is_found_deep(made: HandMade) -> None:
     outcome = made.verify(deep=True)
     assert len(outcome.problems) == 1
     twice = str(sorted(make_events(6, 1), key=lambda event: event.event_id)[3].event_id)
-    assert f"an event stands twice, or out of order: {twice}" in outcome.problems[0].what
+    assert f"an event stands twice: {twice}; {first.batch_id} holds it too" in outcome.problems[0].what
 
 
 def test_one_batch_billed_by_two_entries_is_found_deep(made: HandMade) -> None:
@@ -186,6 +186,7 @@ def test_one_batch_billed_by_two_entries_is_found_deep(made: HandMade) -> None:
     first, second = made.batch(HOUR, 0, rows), made.batch(HOUR, 1, rows)
     assert first.subject_digest == second.subject_digest
     made.watermark(HOUR, first, second)
+    assert "two entries bill the same batch" in said(made.verify())
     outcome = made.verify(deep=True)
     assert not outcome.verified, f"{outcome.records} records are said to be there, and {rows.num_rows} are"
 

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import swagger_ui
 import uvicorn
@@ -21,10 +22,12 @@ from render_platform.errors import PlatformError, Unavailable
 from render_platform.gateway import edge
 from render_platform.gateway.document import ASSETS, complete, openapi_config
 from render_platform.gateway.edge import Durations, Edge
+from render_platform.gateway.evidence_routes import EVIDENCE_ROUTES, Turns
 from render_platform.gateway.job_routes import JOB_ROUTES
 from render_platform.gateway.openai_routes import OPENAI_ROUTES
 from render_platform.gateway.operations import OPERATION_ROUTES
 from render_platform.gateway.service import Gateway
+from render_platform.gateway.shortcut import shortcuts
 
 
 def create_app(gateway: Gateway) -> Edge:
@@ -40,10 +43,10 @@ def create_app(gateway: Gateway) -> Edge:
             await gateway.stop()
 
     app = Litestar(
-        [JOB_ROUTES, OPENAI_ROUTES, *OPERATION_ROUTES, _assets()],
+        [JOB_ROUTES, OPENAI_ROUTES, *OPERATION_ROUTES, *EVIDENCE_ROUTES, _assets()],
         request_class=edge.JsonRequest,
         lifespan=[lifespan],
-        state=State({"gateway": gateway, "durations": durations}),
+        state=State({"gateway": gateway, "durations": durations, "turns": Turns()}),
         openapi_config=openapi_config(),
         exception_handlers={
             HTTPException: edge.on_http_exception,
@@ -54,7 +57,7 @@ def create_app(gateway: Gateway) -> Edge:
         logging_config=None,
     )
     complete(app.openapi_schema)
-    return Edge(app, gateway, durations)
+    return Edge(app, gateway, durations, shortcuts(app))
 
 
 def _assets() -> Router:
@@ -68,6 +71,39 @@ MAX_HEAD_BYTES = 512 * 1024
 """More of a head is not kept. One of less is refused by `edge`, once it is whole; the last piece may hold body too."""
 
 
+JOINED_BYTES = 64 * 1024
+
+
+class _Joining:
+    """A connection's transport that writes what comes at once as one: an answer's head and body are one system call."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._held = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._held or len(data) > JOINED_BYTES:
+            self._flush(data)
+        else:
+            self._held = data
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self, data: bytes = b"") -> None:
+        held, self._held = self._held, b""
+        if held and len(data) > JOINED_BYTES:
+            self._transport.write(held)
+            held = b""
+        if held or data:
+            self._transport.write(held + data)
+
+
 class _Protocol(HttpToolsProtocol):
     """One connection, closed where a request's head does not come, or does not end."""
 
@@ -75,7 +111,7 @@ class _Protocol(HttpToolsProtocol):
     _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _Joining(transport, self.loop)))
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -93,6 +129,10 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._wait_no_more()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self.scope["state"][edge.CAME_WHOLE] = True
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()

@@ -112,23 +112,34 @@ class BackendClient:
         A stream has a connection of its own: llama.cpp closes it at the end without having said so, and the next
         request on it would fail.
         """
-        session = self._fresh if streamed else self._kept
-        if session is None:
-            raise Unavailable(f"{self._spec.name} is not open", "start the backend before it is used")
-        url = self._urls.get(path) or self._urls.setdefault(path, URL(f"{self._base}/{path}", encoded=True))
+        session = self._opened(self._fresh if streamed else self._kept)
+        url = self._url(path)
         async with session.request(method, url, data=body, headers=headers, allow_redirects=False) as response:
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise self.malformed("the answer is compressed, which nobody asked for")
-            if response.status != 200:
-                raise await self._failure(response)
+            await self._require_good(response)
             yield response
 
     async def fetch(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> bytes:
         """The whole body of an answer with status 200, at most MAX_ANSWER_BYTES."""
-        async with self.exchange(method, path, body, headers) as response:
+        session, url = self._opened(self._kept), self._url(path)
+        async with session.request(method, url, data=body, headers=headers, allow_redirects=False) as response:
+            await self._require_good(response)
             return await self._read(response, MAX_ANSWER_BYTES)
+
+    def _opened(self, session: aiohttp.ClientSession | None) -> aiohttp.ClientSession:
+        if session is None:
+            raise Unavailable(f"{self._spec.name} is not open", "start the backend before it is used")
+        return session
+
+    def _url(self, path: str) -> URL:
+        return self._urls.get(path) or self._urls.setdefault(path, URL(f"{self._base}/{path}", encoded=True))
+
+    async def _require_good(self, response: aiohttp.ClientResponse) -> None:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise self.malformed("the answer is compressed, which nobody asked for")
+        if response.status != 200:
+            raise await self._failure(response)
 
     async def check(self, path: str) -> None:
         """Whether a GET is answered with 200, in CHECK_S."""

@@ -132,7 +132,7 @@ def create_key(
     burst: int | None,
     state: Path | None,
 ) -> None:
-    """Make a key for CUSTOMER and print it: it is shown this once."""
+    """Make a key for CUSTOMER, or whoever holds it in another role, and print it: it is shown this once."""
     from render_platform.gateway.identity import Terms
 
     with _keys(state) as keys:

@@ -33,7 +33,7 @@ from litestar.types.internal_types import PathParameterDefinition
 from render_platform import __version__
 from render_platform.events import EVENT_SCHEMA
 from render_platform.gateway import ingest
-from render_platform.gateway.problems import PROBLEM_JSON, Problem
+from render_platform.gateway.problems import PROBLEM_JSON, Problem, is_openai
 
 ASSETS = "/schema-assets"
 SSE = "text/event-stream"
@@ -43,13 +43,27 @@ FREE = ("/models", "/models/aliases", "/v1/models")
 """Paths that take nothing from the caller's bucket, and need no role."""
 GENERATE = ("/{modality}/{family}/{model}/{task}", "/{modality}/{family}/{owner}/{model}/{task}")
 STREAMED = ("/v1/chat/completions", "/v1/completions")
+OBJECT, CHECKPOINT, TILE = "/v1/objects/{digest}", "/audit/checkpoint", "/audit/tile/{tile}"
+STORED = (OBJECT, CHECKPOINT, TILE)
+"""Stored bytes as they are, with an ETag."""
+RECEIPT = "/jobs/{job_id}/receipt"
 SUBMISSIONS = (*GENERATE, "/queue", *STREAMED, "/v1/embeddings")
 
 _TEXT = Schema(type=OpenAPIType.STRING)
+_PARTS = {
+    "digest": Schema(type=OpenAPIType.STRING, pattern="^[0-9a-f]{64}$"),
+    "tile": Schema(
+        type=OpenAPIType.STRING, min_length=5, max_length=47, description="<L>/<N>, entries/<N>: tlog-tiles"
+    ),
+}
+"""What those parts of a path are. Anything else is a 404."""
 _ANYTHING = {"*/*": OpenAPIMediaType(schema=Schema())}
 _OBJECT = {"application/json": OpenAPIMediaType(schema=Schema(type=OpenAPIType.OBJECT))}
 _EVENT = Schema(type=OpenAPIType.OBJECT, properties={"id": _TEXT, "event": _TEXT, "data": _TEXT})
 _STREAM = {SSE: OpenAPIMediaType(schema=_EVENT)}
+_BYTES = {"application/octet-stream": OpenAPIMediaType(schema=Schema())}
+_PLAIN = {"text/plain": OpenAPIMediaType(schema=_TEXT)}
+_CACHED = {"ETag": "The digest of the bytes", "Cache-Control": "How long they may be kept"}
 _USED = {"x-gpu-seconds": "GPU time, exact", "x-gpu-device": "The device that worked", "x-job-id": "The job"}
 
 
@@ -78,9 +92,9 @@ def openapi_config() -> OpenAPIConfig:
     )
 
 
-def _operation_id(handler: HTTPRouteHandler, _: object, path: list[str | PathParameterDefinition]) -> str:
+def _operation_id(handler: HTTPRouteHandler, method: str, path: list[str | PathParameterDefinition]) -> str:
     owned = any(isinstance(part, PathParameterDefinition) and part.name == "owner" for part in path)
-    return handler.handler_name + ("_of_owner" if owned else "")
+    return handler.handler_name + ("_of_owner" if owned else "") + ("_head" if method == "HEAD" else "")
 
 
 def complete(document: OpenAPI) -> None:
@@ -92,7 +106,7 @@ def complete(document: OpenAPI) -> None:
     if isinstance(queued, Schema):
         queued.additional_properties = False  # as the type says, which the framework leaves out
     for path, item in (document.paths or {}).items():
-        for method in ("get", "post", "delete"):
+        for method in ("get", "head", "post", "delete"):
             operation = getattr(item, method)
             if operation is not None:
                 _complete(operation, method, path)
@@ -111,6 +125,9 @@ def _complete(operation: Operation, method: str, path: str) -> None:
     responses.update(_answers(method, path))
     operation.responses = responses
     operation.parameters = [*filter(_is_real, operation.parameters or []), *_headers(method, path)]
+    for parameter in operation.parameters:
+        if isinstance(parameter, Parameter) and parameter.name in _PARTS:
+            parameter.schema = _PARTS[parameter.name]
 
 
 def _is_real(parameter: Parameter | Reference) -> bool:
@@ -125,8 +142,10 @@ def _refusals(operation: Operation, method: str, path: str) -> Iterator[int]:
         yield from (401, 503)
     if path not in (*OPEN, *FREE):
         yield from (403, 429)
-    if "{job_id}" in path:
+    if "{job_id}" in path or path in STORED:
         yield 404
+    if path in (*STORED, RECEIPT, "/v1/objects"):
+        yield 500  # evidence that does not hold
     if any(isinstance(one, Parameter) and one.param_in == "query" for one in operation.parameters or []):
         yield 422
     if operation.request_body:
@@ -154,6 +173,8 @@ def _answers(method: str, path: str) -> dict[str, OpenAPIResponse]:
         found = {"200": output, "202": job}
     elif path == "/jobs/{job_id}/events":
         found = {"200": _response("The events", _STREAM), "204": OpenAPIResponse("The last event was seen")}
+    elif path in (*STORED, RECEIPT):
+        found = _evidence(path)
     elif path == "/ready":
         found = {"503": _response("It does not take work", _json("Readiness"))}
     elif path == "/jobs/{job_id}" and method == "get":
@@ -161,6 +182,14 @@ def _answers(method: str, path: str) -> dict[str, OpenAPIResponse]:
     elif path.startswith("/jobs/{job_id}"):
         found = {"202": job}
     return found
+
+
+def _evidence(path: str) -> dict[str, OpenAPIResponse]:
+    if path == RECEIPT:
+        pending = _response("It is not published yet", _json("ReceiptPending"), **{"Retry-After": "Seconds"})
+        return {"200": _response("The receipt", _PLAIN), "202": pending}
+    stored = _response("The bytes", _PLAIN if path == CHECKPOINT else _BYTES, **_CACHED)
+    return {"200": stored, "304": OpenAPIResponse("The client has them")}
 
 
 def _headers(method: str, path: str) -> list[Parameter]:
@@ -171,6 +200,8 @@ def _headers(method: str, path: str) -> list[Parameter]:
         found["Prefer"] = "respond-async, wait=N"
     if path == "/jobs/{job_id}/events":
         found["Last-Event-ID"] = "The last event that was seen"
+    if path in STORED:
+        found["If-None-Match"] = "ETags of what the client has"
     return [Parameter(name, "header", schema=_TEXT, description=text) for name, text in found.items()]
 
 
@@ -185,7 +216,7 @@ def _json(name: str, media_type: str = "application/json") -> dict[str, OpenAPIM
 
 
 def _refusal(status: int, path: str) -> OpenAPIResponse:
-    content = _json("OpenAiError") if path.startswith("/v1/") else _json("Problem", PROBLEM_JSON)
+    content = _json("OpenAiError") if is_openai(path) else _json("Problem", PROBLEM_JSON)
     text = "The job was cancelled" if status == 499 else http.HTTPStatus(status).phrase
     headers = {"Retry-After": "Seconds"} if status in (429, 503) else {}
     return _response(text, content, **headers)

@@ -9,7 +9,9 @@ import asyncio
 import re
 import time
 import uuid
+from bisect import bisect_left
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, cast
 
 import msgspec
@@ -17,14 +19,23 @@ import structlog
 from litestar import Request, Response
 from litestar.connection import ASGIConnection
 from litestar.enums import ScopeType
-from litestar.exceptions import HTTPException, InternalServerException, SerializationException
+from litestar.exceptions import HTTPException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from render_platform.clock import US_PER_SECOND
 from render_platform.errors import PlatformError, RecordError
 from render_platform.gateway.identity import Principal
 from render_platform.gateway.limits import TokenBucket
-from render_platform.gateway.problems import PROBLEM_JSON, Problem, RateLimited, Refused, openai_error, problem_of
+from render_platform.gateway.problems import (
+    PROBLEM_JSON,
+    Problem,
+    RateLimited,
+    Refused,
+    is_openai,
+    openai_error,
+    problem_of,
+)
 from render_platform.gateway.service import Gateway
 
 MAX_HEADERS = 100
@@ -33,7 +44,8 @@ MAX_URL_BYTES = 8 * 1024
 BODY_S = 120.0
 """How long a client may take to send its body."""
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
-OPENAI_PREFIX = "/v1/"
+CAME_WHOLE = "came_whole"
+"""Set in a scope's state where all of the body had come before the request was looked at."""
 
 AnyRequest = Request[Any, Any, Any]
 AnyConnection = ASGIConnection[Any, Any, Any, Any]
@@ -55,26 +67,28 @@ class Durations:
         counts = self.counts.get(kind)
         if counts is None:
             counts = self.counts[kind] = [0] * (len(BUCKETS_S) + 1)
-        counts[next((at for at, bound in enumerate(BUCKETS_S) if seconds <= bound), len(BUCKETS_S))] += 1
+        counts[bisect_left(BUCKETS_S, seconds)] += 1
         self.sums_s[kind] += seconds  # type: ignore[assignment]
 
 
 class Edge:
     """The outermost ASGI application: everything that does not need to know the route."""
 
-    def __init__(self, app: ASGIApp, gateway: Gateway, durations: Durations) -> None:
-        self._app, self._gateway, self._durations = app, gateway, durations
+    def __init__(
+        self, app: ASGIApp, gateway: Gateway, durations: Durations, shortcuts: Mapping[tuple[str, str], ASGIApp]
+    ) -> None:
+        """`shortcuts`: what answers a method and a path in the application's place."""
+        self._app, self._gateway, self._durations, self._shortcuts = app, gateway, durations, shortcuts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
             return
         begun, status = time.perf_counter(), 500
-        headers = list(scope["headers"])
-        given = next((value for name, value in headers if name == b"x-request-id"), b"")
-        request_id = self._gateway.request_id(given.decode("latin-1"))
+        request_id = self._gateway.request_id(header(scope, b"x-request-id"))
         extra: dict[str, str] = {"x-request-id": str(request_id)}
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "extra": extra}
+        known = {"gateway": self._gateway, "request_id": request_id, "extra": extra}
+        scope["state"] = {**scope.get("state", {}), **known}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -86,7 +100,8 @@ class Edge:
 
         refused = _too_large(scope) or (_foreign(scope) if self._gateway.anonymous else None)
         if refused is None:
-            await self._app(scope, receive, send_with_headers)
+            app = self._shortcuts.get((scope["method"], scope["path"]), self._app)
+            await app(scope, receive, send_with_headers)
         else:
             await _send_problem(refused, scope, str(request_id), send_with_headers)
         self._durations.observe(status, time.perf_counter() - begun)
@@ -130,7 +145,7 @@ def _instance(scope: HTTPScope) -> str:
 
 def _encoded(scope: HTTPScope, problem: Problem) -> tuple[int, str, bytes]:
     """Status, media type and body of a problem: OpenAI's routes answer as OpenAI does."""
-    if not scope["path"].startswith(OPENAI_PREFIX):
+    if not is_openai(scope["path"]):
         return problem.status, PROBLEM_JSON, msgspec.json.encode(problem)
     status = 400 if problem.code == "invalid_field" else problem.status
     return status, "application/json", msgspec.json.encode(openai_error(problem))
@@ -147,14 +162,23 @@ class JsonRequest(AnyRequest):
         return self._whole
 
     async def _read(self) -> bytes:
+        most = gateway_of(self).settings.max_body_bytes
+        if int(header(self.scope, b"content-length") or 0) > most:
+            raise RequestEntityTooLarge
+        whole = b""
         try:
-            async with asyncio.timeout(BODY_S):
-                return await super().body()
+            async with asyncio.timeout(None if self.scope["state"].get(CAME_WHOLE) else BODY_S):
+                while (message := await self.receive())["type"] == "http.request":
+                    whole += message["body"]
+                    if len(whole) > most:
+                        raise RequestEntityTooLarge
+                    if not message.get("more_body"):
+                        return whole
         except TimeoutError:
             self.scope["state"]["extra"]["connection"] = "close"  # what it still sends is nobody's
             raise Refused(408, "body_too_slow", "The body did not come in time", "send it faster") from None
-        except InternalServerException:  # the client went away in the middle of it: no failure of ours
-            raise Refused(400, "body_cut_off", "The body is not whole", "send all of it") from None
+        # The client went away in the middle of it: no failure of ours.
+        raise Refused(400, "body_cut_off", "The body is not whole", "send all of it")
 
     async def json(self) -> Any:
         """The body as the type that its route declares; Refused (415) where it does not say that it is JSON.
@@ -162,11 +186,12 @@ class JsonRequest(AnyRequest):
         That it has to say so keeps web pages out: without asking first, a browser sends forms and plain text only.
         RecordError where it is not JSON in UTF-8, to its last member, or another type: "1" is no number here.
         """
-        if self.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if (header(self.scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "unsupported_media_type", "The body is not JSON", "send Content-Type: application/json")
+        body = await self.body()
         try:
-            value = await super().json()
-        except (SerializationException, UnicodeDecodeError, RecursionError) as error:
+            value = msgspec.json.decode(body or b"null")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
             raise RecordError("body", f"is not JSON in UTF-8: {said}", "send one JSON object") from None
         declared = self.route_handler.parsed_data_field
@@ -186,8 +211,16 @@ def _mistyped(said: str) -> RecordError:
     return RecordError(place or "body", said)
 
 
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first header of that name, in lower case; None where there is none."""
+    for known, value in scope["headers"]:
+        if known == name:
+            return value.decode("latin-1")
+    return None
+
+
 def gateway_of(request: AnyConnection) -> Gateway:
-    return cast(Gateway, request.app.state["gateway"])
+    return cast(Gateway, request.scope["state"]["gateway"])
 
 
 def request_id_of(request: AnyConnection) -> uuid.UUID:
@@ -196,8 +229,8 @@ def request_id_of(request: AnyConnection) -> uuid.UUID:
 
 def identify(request: AnyConnection) -> Principal:
     """Whose request it is; Unauthorized."""
-    headers = request.headers
-    return gateway_of(request).identity.authenticate(headers.get("authorization"), headers.get("x-api-key"))
+    key, bearer = header(request.scope, b"x-api-key"), header(request.scope, b"authorization")
+    return gateway_of(request).identity.authenticate(bearer, key)
 
 
 def caller_of(request: AnyRequest) -> Principal:
@@ -210,15 +243,16 @@ async def customers_only(request: AnyConnection) -> None:
 
     Unauthorized, Forbidden, or RateLimited where there is none.
     """
-    _admit(request, "customer")
+    admit(request, "customer")
 
 
 async def meters_only(request: AnyConnection) -> None:
     """The same for those who report usage."""
-    _admit(request, "meter")
+    admit(request, "meter")
 
 
-def _admit(request: AnyConnection, role: str) -> None:
+def admit(request: AnyConnection, role: str) -> None:
+    """A caller with this role, a token of theirs taken; Unauthorized, Forbidden, or RateLimited."""
     gateway, caller = gateway_of(request), identify(request)
     caller.require(role)
     request.scope["state"]["caller"] = caller

@@ -86,13 +86,10 @@ class Engine:
         slot = None if self._queues[key] else self.fleet.take_slot(request.model, request.backend, now_us)
         job = self._job(request, request_id, now_us)
         self._accepting[key] += 1
-        future = self._writer.submit(Accept(job, running=slot is not None))
+        accept = Accept(job, running=slot is not None)
         try:
-            standing = await asyncio.shield(future)
-        except asyncio.CancelledError:  # the client went away: the commit goes on, and the job with it, to its end
-            future.add_done_callback(lambda done: self._accepted_for_nobody(key, job, slot, done))
-            raise
-        except BaseException:  # not accepted, whatever the reason: the slot is given back, and the error goes on
+            standing = await self._writer.submit(accept, lambda result: self._abandoned(key, job, slot, result))
+        except PlatformError:  # not accepted. A client that goes away is no error: the job goes on, see _abandoned
             self._give_up(key, slot)
             raise
         return self._accepted(key, job, slot, standing)
@@ -135,13 +132,12 @@ class Engine:
             self.enqueue(job)
         return job, True
 
-    def _accepted_for_nobody(
-        self, key: QueueKey, job: Job, slot: tuple[Server, int] | None, done: asyncio.Future[Any]
-    ) -> None:
-        if done.cancelled() or done.exception() is not None:
+    def _abandoned(self, key: QueueKey, job: Job, slot: tuple[Server, int] | None, result: Any) -> None:
+        """The commit of a job whose client went away meanwhile has ended."""
+        if isinstance(result, PlatformError):
             self._give_up(key, slot)
             return
-        _, new = self._accepted(key, job, slot, done.result())
+        _, new = self._accepted(key, job, slot, result)
         if new and job.request.direct:
             self.cancel(job, "client_gone")
 
@@ -225,9 +221,12 @@ class Engine:
         """How many jobs of its lane are served before it; 0 is next; None: it does not wait."""
         return self._queues[job.model.name, job.request.backend].position(job.job_id)
 
-    def eta_us(self, job: Job) -> int | None:
-        """How long until it begins, as far as the last jobs tell; None where none has run yet, or it does not wait."""
-        position, service_us = self.get_queue_position(job), self.service_us.get(job.model.name)
+    def eta_us(self, job: Job, position: int | None) -> int | None:
+        """How long until it begins at that position of its queue, as far as the last jobs tell.
+
+        None where none has run yet, or it does not wait.
+        """
+        service_us = self.service_us.get(job.model.name)
         if position is None or service_us is None:
             return None
         slots = sum(server.spec.capacity for server in self.fleet.of(job.model, job.request.backend))
@@ -346,8 +345,9 @@ class Engine:
         self.jobs.let_go(job)
         if event is None:
             outcome = never_ran("error", "superseded", "another process decided its end", 502, self._now_ns())
-        job.state, job.outcome, job.task = outcome.status, replace(outcome, body=b""), None
+        job.state, job.outcome, job.task = outcome.status, outcome, None
         if not job.request.direct:
+            job.outcome = replace(outcome, body=b"")
             self._remember(job)
         (self.handle_request_success if outcome.status == "success" else self.handle_request_failure)(job, outcome)
         if event is not None:

@@ -145,14 +145,22 @@ class Fleet:
 
     def __init__(self, servers: Iterable[Server]) -> None:
         self.servers = {server.spec.name: server for server in servers}
+        self._of: dict[tuple[str, str | None], list[Server]] = {}
+        """The servers of a model and a pinned backend: the catalogue bounds how many there are."""
 
     def of(self, model: ModelSpec, pinned: str | None) -> list[Server]:
-        return [self.servers[name] for name in ([pinned] if pinned else model.backends)]
+        found = self._of.get((model.name, pinned))
+        if found is None:
+            found = [self.servers[name] for name in ([pinned] if pinned else model.backends)]
+            self._of[model.name, pinned] = found
+        return found
 
     def take_slot(self, model: ModelSpec, pinned: str | None, now_us: int) -> tuple[Server, int] | None:
         """The least loaded server that takes a job, its slot taken, with its breaker's permit; or None."""
         free = [server for server in self.of(model, pinned) if server.takes(now_us)]
-        for server in sorted(free, key=lambda server: server.load):
+        if len(free) > 1:
+            free.sort(key=lambda server: server.load)
+        for server in free:
             permit = server.breaker.allow(now_us)
             if permit is not None:
                 server.running += 1
@@ -162,8 +170,9 @@ class Fleet:
     def retry_after_us(self, model: ModelSpec, pinned: str | None, now_us: int) -> int | None:
         """None while a server of the model is trusted; otherwise until the first one is tried again."""
         servers = self.of(model, pinned)
-        if any(server.breaker.state(now_us) != "open" for server in servers):
-            return None
+        for server in servers:
+            if server.breaker.state(now_us) != "open":
+                return None
         return min(server.breaker.retry_after_us(now_us) for server in servers)
 
 

@@ -16,7 +16,6 @@ from litestar import Response, Router, delete, get, post
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.response import Stream
 
-from render_platform.gateway.acceptance import acceptance_of
 from render_platform.gateway.edge import AnyRequest, caller_of, customers_only, gateway_of, request_id_of
 from render_platform.gateway.identity import Principal
 from render_platform.gateway.jobs import FINISHED, MAX_EVENTS, STOPPING, Job, Outcome
@@ -113,7 +112,7 @@ async def _submit(request: AnyRequest, caller: Principal, asked: Asked, wait_s: 
     if job.outcome is not None:
         return await repeated(request, job.job_id)
     view = view_of(job, gateway.engine)
-    view.acceptance = acceptance_of(job, gateway.gateway_id, gateway.epoch).to_note(gateway.signer)
+    view.acceptance = gateway.acceptance(job)
     headers = {
         "Location": view.links["self"],
         "Link": f'<{view.links["self"]}>; rel="monitor"',
@@ -292,7 +291,7 @@ async def _events(request: AnyRequest, job: Job, after: int) -> AsyncIterator[by
             now = engine.get_queue_position(job)
             if now is not None and now != position:
                 position, quiet_s = now, 0.0
-                yield _event("position", {"position": now, "eta_us": engine.eta_us(job)}, None)
+                yield _event("position", {"position": now, "eta_us": engine.eta_us(job, now)}, None)
             elif quiet_s >= KEEP_ALIVE_S:
                 quiet_s = 0.0
                 yield b": still here\n\n"

@@ -86,6 +86,8 @@ class Job:
     deadline_us: int
     customer_ref: str = ""
     seq: int = 0
+    acceptance: str = ""
+    """Signed, between the commit and the answer that carries it."""
     state: str = "queued"
     attempt: int = 0
     first_started_us: int | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from render_platform.errors import Missing, PlatformError, RecordError, Unavailable, UsageError
+from render_platform.errors import Finding, Missing, PlatformError, RecordError, Unavailable, UsageError
 from render_platform.gateway.identity import Forbidden
 from render_platform.gateway.tokens import Unauthorized
 
@@ -92,6 +92,7 @@ _TABLE: tuple[tuple[type[PlatformError], int, str, str], ...] = (
     (UsageError, 400, "bad_request", "The request cannot be done"),
     (Missing, 404, "not_found", "Not found"),
     (Unavailable, 503, "unavailable", "A part of the platform is unavailable"),
+    (Finding, 500, "evidence_damaged", "Stored evidence is not what its name says"),
     (PlatformError, 500, "internal_error", "The gateway failed"),
 )
 _FIELD = re.compile(r"((?:\[\d+\]\.)?[a-z][a-z_.]*): ")
@@ -133,6 +134,11 @@ def _phrase(status: int) -> str:
 def _field_of(error: PlatformError) -> str:
     found = _FIELD.match(error.message) if isinstance(error, NotFound | Conflict | Forbidden) else None
     return found[1] if found else str(getattr(error, "field", ""))
+
+
+def is_openai(path: str) -> bool:
+    """Whether a path is one of OpenAI's API, whose clients read its shape of errors."""
+    return path.startswith("/v1/") and not path.startswith("/v1/objects")
 
 
 def openai_error(problem: Problem) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from typing import IO
 import sqlalchemy as sa
 import structlog
 
+from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import US_PER_SECOND, Clock, Ids, SystemClock, SystemIds, uuid7
 from render_platform.config import Settings
 from render_platform.database import gateways, job_outputs, open_sqlite
 from render_platform.errors import PlatformError, Unavailable, UsageError
 from render_platform.events import UsageEvent
+from render_platform.gateway.acceptance import acceptance_of
 from render_platform.gateway.archive import LEASE_US, Archive, Recovered
 from render_platform.gateway.backends import Backend
 from render_platform.gateway.catalogue import BackendSpec, Catalogue, make_catalogue
@@ -43,8 +45,9 @@ from render_platform.gateway.tokens import Issuer, Tokens
 from render_platform.gateway.triton import TritonBackend
 from render_platform.gateway.webhooks import Deliveries
 from render_platform.gateway.writer import Writer
-from render_platform.note import load_or_create_key
 from render_platform.outbox import Outbox
+from render_platform.pipeline import RoleKeys
+from render_platform.receipts import Receipts
 
 BackendFactory = Callable[[BackendSpec], Backend]
 KINDS: dict[str, BackendFactory] = {
@@ -75,6 +78,9 @@ class Gateway:
         self.database = open_sqlite(settings.database_path)
         self.outbox = Outbox(self.database, self.ids)
         self.archive = Archive(self.database, self.clock, self.ids)
+        blobs, self.log_objects = open_objects(settings, self.ids)
+        self.cas = Cas(blobs)
+        self.receipts = Receipts(self.database, self.cas, self.log_objects)
         self.keys = ApiKeys(self.database, self.clock, self.ids)
         self.customers = Customers(self.database)
         self.anonymous = not self.catalogue.issuers and not self.keys.list()
@@ -86,8 +92,12 @@ class Gateway:
         self.meter = open_meter(settings.meter)
         self.fleet = _fleet(self.catalogue, self.meter, kinds or KINDS)
         self.gateway_id, self.epoch, self._dropped_before = self.archive.begin_epoch()
-        self.signer = load_or_create_key(settings.keys_dir / "gateway.key", f"render-platform.local/{self.gateway_id}")
-        self.store = JobStore(self.outbox, self.clock, self.ids, self.gateway_id, self.epoch)
+        keys = RoleKeys(settings, self.database, self.cas)
+        name = f"render-platform.local/{self.gateway_id}"
+        self.signer = keys.signers("gateway", settings.gateway_signer, name, old=False)[0]
+        self.store = JobStore(
+            self.outbox, self.clock, self.ids, self.gateway_id, self.epoch, on_accept=self._sign_acceptance
+        )
         self.writer: Writer[Operation] = Writer(self.database, self.store, asyncio.get_running_loop())
         self.publisher = Publisher(self._open_clickhouse, self.clock, settings.fast_path_deadline_s)
         dagster = f"http://127.0.0.1:{settings.dagster_port}"
@@ -119,6 +129,7 @@ class Gateway:
 
     async def start(self) -> None:
         """Open backends, take over what a former epoch left, and begin. UsageError where a backend is misconfigured."""
+        await asyncio.to_thread(check_stores, self.settings, self.ids)
         self.writer.start()
         for server in self.fleet.servers.values():
             try:
@@ -188,6 +199,16 @@ class Gateway:
             with contextlib.suppress(ValueError):
                 return uuid.UUID(given)
         return uuid7(self.clock.now_us(), self.ids)
+
+    def acceptance(self, job: Job) -> str:
+        """The job's signed acceptance. Signed with its commit, it is given once; after that it is signed again."""
+        note, job.acceptance = job.acceptance, ""
+        return note or acceptance_of(job, self.gateway_id, self.epoch).to_note(self.signer)
+
+    def _sign_acceptance(self, job: Job) -> None:
+        """On the writer's thread: signing is half of it without Python's lock, beside the loop."""
+        if not job.request.direct:
+            job.acceptance = acceptance_of(job, self.gateway_id, self.epoch).to_note(self.signer)
 
     def _open_clickhouse(self) -> ClickHouse:
         settings = self.settings

@@ -31,7 +31,6 @@ from render_platform.gateway.jobs import Job, Outcome
 from render_platform.gateway.problems import Conflict
 from render_platform.outbox import LIVE, Outbox
 
-MAX_KNOWN_REFS = 100_000
 UNFINISHED = ("queued", "running")
 
 
@@ -88,11 +87,19 @@ class _Pending:
 class JobStore:
     """Applies operations for one gateway and epoch (see `begin_epoch`)."""
 
-    def __init__(self, outbox: Outbox, clock: Clock, ids: Ids, gateway_id: str, epoch: int) -> None:
-        self._outbox, self._clock, self._ids = outbox, clock, ids
+    def __init__(
+        self,
+        outbox: Outbox,
+        clock: Clock,
+        ids: Ids,
+        gateway_id: str,
+        epoch: int,
+        on_accept: Callable[[Job], None] = lambda _: None,
+    ) -> None:
+        """`on_accept` is called on the writer's thread, once a job's acceptance stands and before anybody is told."""
+        self._outbox, self._clock, self._ids, self._on_accept = outbox, clock, ids, on_accept
         self.gateway_id, self.epoch = gateway_id, epoch
         self._next_seq = 1
-        self._refs: dict[tuple[str, str], str] = {}
         self._pending = _Pending(1)
 
     @property
@@ -112,12 +119,10 @@ class JobStore:
         return [results[at] for at in range(len(operations))]
 
     def committed(self) -> None:
-        if len(self._refs) > MAX_KNOWN_REFS:
-            self._refs.clear()
-        self._refs.update(self._pending.refs)
         self._next_seq = self._pending.next_seq
         for job, seq, ref in self._pending.accepted:
             job.seq, job.customer_ref = seq, ref
+            self._on_accept(job)
 
     def stands(self, connection: sa.Connection) -> bool:
         """A transaction is all there or not at all: one of its changes tells. Without any it is as if it were not."""
@@ -169,7 +174,8 @@ class JobStore:
         }
 
     def _customer_ref(self, connection: sa.Connection, customer: tuple[str, str]) -> str:
-        known = self._refs.get(customer) or self._pending.refs.get(customer)
+        """Asked of SQL in each transaction: an erasure, also by another process, gives the customer a new one."""
+        known = self._pending.refs.get(customer)
         if known is None:
             known = self._outbox.customer_ref(connection, *customer)
             self._pending.refs[customer] = known

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from render_platform.errors import RecordError
 from render_platform.gateway.backends import Chunk
 from render_platform.gateway.catalogue import ModelSpec
-from render_platform.gateway.edge import AnyRequest, gateway_of, request_id_of, require
+from render_platform.gateway.edge import AnyRequest, gateway_of, header, request_id_of, require
 from render_platform.gateway.identity import Forbidden, Principal
 from render_platform.gateway.jobs import Job, Outcome, Request
 from render_platform.gateway.problems import NotFound, Refused
@@ -95,12 +95,12 @@ def find_model(gateway: Gateway, name: str) -> ModelSpec:
 
 def _idempotency_key(request: AnyRequest, asked: Asked) -> str | None:
     """The header's or the parameter's; the header may be quoted, as its draft standard wants it."""
-    header = request.headers.get("idempotency-key")
-    if header is not None and len(header) > 1 and header[0] == header[-1] == '"':
-        header = header[1:-1]
-    same = header is None or asked.idempotency_key in (None, header)
+    sent = header(request.scope, b"idempotency-key")
+    if sent is not None and len(sent) > 1 and sent[0] == sent[-1] == '"':
+        sent = sent[1:-1]
+    same = sent is None or asked.idempotency_key in (None, sent)
     require(same, "idempotency_key", "the header and the parameter differ", "send one of them")
-    key = header if asked.idempotency_key is None else asked.idempotency_key
+    key = sent if asked.idempotency_key is None else asked.idempotency_key
     good = key is None or _KEY.fullmatch(key)
     require(good, "idempotency_key", "is not 1 … 200 printable characters", "use a UUID")
     return key
@@ -108,8 +108,8 @@ def _idempotency_key(request: AnyRequest, asked: Asked) -> str | None:
 
 def _traceparent(request: AnyRequest) -> str | None:
     """W3C trace context, where it is well formed; else it is left out, as that standard wants it."""
-    text = request.headers.get("traceparent", "")
-    return text if _TRACEPARENT.fullmatch(text) else None
+    text = header(request.scope, b"traceparent")
+    return text if text is not None and _TRACEPARENT.fullmatch(text) else None
 
 
 class Waited(NamedTuple):
@@ -138,11 +138,11 @@ async def wait_for_end(request: AnyRequest, job: Job) -> Outcome:
     if job.done is None:
         raise Refused(409, "not_direct", "The job does not wait on a connection")
     if job.request.idempotency_key is not None:
-        return await asyncio.shield(job.done)
+        return await job.done
     engine = gateway_of(request).engine
     watch = Watch(request, lambda: engine.cancel(job, "client_gone"))
     try:
-        return await asyncio.shield(job.done)
+        return await job.done
     except asyncio.CancelledError:
         engine.cancel(job, "client_gone")
         raise

@@ -111,10 +111,11 @@ def links_of(job_id: str, *, output: bool = False) -> dict[str, str]:
 
 def view_of(job: Job, engine: Engine) -> JobView:
     """A job that has not ended, as it is in memory."""
-    eta_us = engine.eta_us(job)
+    job_id, position = str(job.job_id), engine.get_queue_position(job)
+    eta_us = engine.eta_us(job, position)
     waits = job.state in ("queued", "starting", "waiting")
     return JobView(
-        id=str(job.job_id),
+        id=job_id,
         state="queued" if waits else "running",
         model=job.model.name,
         task=job.request.task,
@@ -122,8 +123,8 @@ def view_of(job: Job, engine: Engine) -> JobView:
         accepted_at=iso(job.accepted_us),
         deadline=iso(job.deadline_us),
         attempt=job.attempt,
-        links=links_of(str(job.job_id)),
-        position=engine.get_queue_position(job),
+        links=links_of(job_id),
+        position=position,
         eta_seconds=None if eta_us is None else -(-eta_us // 1_000_000),
     )
 

@@ -11,7 +11,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import sqlalchemy as sa
@@ -23,9 +23,11 @@ from render_platform.errors import PlatformError, Unavailable
 MAX_GROUP = 1_000
 ASK_AGAIN_S, MOST_ASKS = 0.2, 300
 """How often, and how many times, the database is asked whether a commit stands that failed."""
-LINGER_S = 0.001
+LINGER_S = 0.0003
 
 Op = TypeVar("Op", contravariant=True)
+_Waiter = tuple[asyncio.Future[Any], Callable[[Any], None] | None]
+"""Who waits for an operation, and who is told where nobody waits any more."""
 _log = structlog.get_logger()
 
 
@@ -51,9 +53,11 @@ class Writer(Generic[Op]):
 
     def __init__(self, database: Database, applier: Applier[Op], loop: asyncio.AbstractEventLoop) -> None:
         self._database, self._applier, self._loop = database, applier, loop
-        self._queue: queue.SimpleQueue[tuple[Op, asyncio.Future[Any]] | None] = queue.SimpleQueue()
+        self._asked: list[tuple[Op, _Waiter]] = []
+        """What this turn of the loop has asked for; handed over as one, so that the writer wakes once."""
+        self._queue: queue.SimpleQueue[list[tuple[Op, _Waiter]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._group: list[tuple[Op, asyncio.Future[Any]]] = []
+        self._group: list[tuple[Op, _Waiter]] = []
         self._over = False
         self.died = asyncio.Event()
         self.groups = 0
@@ -62,8 +66,9 @@ class Writer(Generic[Op]):
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, operation: Op) -> asyncio.Future[Any]:
-        """The operation's result, after its commit. Cancelling the future does not take the operation back.
+    def submit(self, operation: Op, abandoned: Callable[[Any], None] | None = None) -> asyncio.Future[Any]:
+        """The operation's result, after its commit. Cancelling the future does not take the operation back:
+        `abandoned` is called with its result then, an error too.
 
         Unavailable: the operation is not in SQL, unless the writer has died meanwhile: then nobody knows.
         """
@@ -71,12 +76,21 @@ class Writer(Generic[Op]):
         if self._over:
             future.set_exception(_gone())
         else:
-            self._queue.put((operation, future))
+            if not self._asked:
+                self._loop.call_soon(self.hand_over)
+            self._asked.append((operation, (future, abandoned)))
         return future
+
+    def hand_over(self) -> None:
+        """Give the writer what was submitted since the last turn of the loop; each turn ends with it by itself."""
+        asked, self._asked = self._asked, []
+        for start in range(0, len(asked), MAX_GROUP):
+            self._queue.put(asked[start : start + MAX_GROUP])
 
     async def stop(self) -> None:
         """Write what was submitted before, and end the thread."""
         self._over = True
+        self.hand_over()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -90,26 +104,27 @@ class Writer(Generic[Op]):
     def _die(self) -> None:
         self._over = True
         self.died.set()
+        self.hand_over()
         waiting = self._group
         while not self._queue.empty():
-            if pair := self._queue.get_nowait():
-                waiting.append(pair)
-        _resolve([(future, _gone()) for _, future in waiting])
+            waiting += self._queue.get_nowait() or []
+        _resolve([(waiter, _gone()) for _, waiter in waiting])
 
     def _write_until_stopped(self) -> None:
-        going, crowded = True, False
-        while going:
-            group = [self._queue.get()]
+        crowded = False
+        while (group := self._queue.get()) is not None:
             if crowded:  # others come as often as commits do: a moment's wait makes one commit of several
                 time.sleep(LINGER_S)
+            more: list[tuple[Op, _Waiter]] | None = group
+            self._group = group
             while len(group) < MAX_GROUP and not self._queue.empty():
-                group.append(self._queue.get())
-            pairs = [pair for pair in group if pair is not None]
-            going, crowded = len(pairs) == len(group), len(group) > 1
-            if pairs:
-                self._group = pairs
-                results = self._write([operation for operation, _ in pairs])
-                self._tell(list(zip((future for _, future in pairs), results, strict=True)))
+                more = self._queue.get_nowait()
+                group += more or []
+            crowded = len(group) > 1
+            results = self._write([operation for operation, _ in group])
+            self._tell(list(zip((waiter for _, waiter in group), results, strict=True)))
+            if more is None:
+                return
 
     def _write(self, operations: list[Op]) -> list[Any]:
         """A group that fails as a whole is tried one by one, so that a bad operation fails alone."""
@@ -139,7 +154,7 @@ class Writer(Generic[Op]):
                 time.sleep(ASK_AGAIN_S)
         raise Unavailable("nobody can tell whether a commit stands", "check the disk, and start the gateway again")
 
-    def _tell(self, told: list[tuple[asyncio.Future[Any], Any]]) -> None:
+    def _tell(self, told: list[tuple[_Waiter, Any]]) -> None:
         try:
             self._loop.call_soon_threadsafe(_resolve, told)
         except RuntimeError:  # the loop has ended: nobody waits any more
@@ -156,11 +171,12 @@ def _gone() -> Unavailable:
     return Unavailable("the database writer has ended", "start the gateway again")
 
 
-def _resolve(told: list[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, result in told:
+def _resolve(told: list[tuple[_Waiter, Any]]) -> None:
+    for (future, abandoned), result in told:
         if future.done():  # cancelled while it waited
-            continue
-        if isinstance(result, PlatformError):
+            if abandoned is not None:
+                abandoned(result)
+        elif isinstance(result, PlatformError):
             future.set_exception(result)
         else:
             future.set_result(result)

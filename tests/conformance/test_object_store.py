@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,22 +15,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from render_platform.clock import SystemIds
 from render_platform.errors import Missing, SequencerStopped, Unavailable
-from render_platform.objects import FolderObjects, ObjectStore
+from render_platform.objects import PROBES, FolderObjects, ObjectStore, check_store
+from tests.conformance.s3_server import in_bucket, use_credentials
 from tests.platforms import run_together
-from tests.stories import MemoryObjects
+from tests.test_collection import TimedObjects
 
-_in_memory: dict[Path, MemoryObjects] = {}
+_in_memory: dict[Path, TimedObjects] = {}
 STORES: dict[str, Callable[[Path], ObjectStore]] = {
     "folder": FolderObjects,
-    "memory": lambda path: _in_memory.setdefault(path, MemoryObjects()),  # the fake that other tests stand on
+    "memory": lambda path: _in_memory.setdefault(path, TimedObjects()),  # the fake that other tests stand on
+    "s3": in_bucket("plain"),
+    "s3-versioned": in_bucket("versioned"),
+    "s3-object-lock": in_bucket("locked", retention_days=1),
 }
 """Each opens the store at a place; two that are opened at one place are one store."""
 
 
 @pytest.fixture(params=sorted(STORES))
-def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], ObjectStore]:
-    return lambda: STORES[request.param](tmp_path / "store")
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use_credentials(monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def open_store(kind: str, tmp_path: Path) -> Callable[[], ObjectStore]:
+    return lambda: STORES[kind](tmp_path / "store")
 
 
 @pytest.fixture
@@ -61,23 +73,25 @@ def test_nothing_where_nothing_stands(store: ObjectStore) -> None:
         store.read("a/b")
 
 
-def test_of_eight_threads_exactly_one_creates(open_store: Callable[[], ObjectStore]) -> None:
+def test_of_eight_threads_exactly_one_creates(open_store: Callable[[], ObjectStore], kind: str) -> None:
     barrier = threading.Barrier(8)
+    turns = 3 if kind.startswith("s3") else 20  # SeaweedFS lets the losers wait a second each
 
     def work(number: int) -> list[bool]:
         store = open_store()
         made = []
-        for turn in range(20):
+        for turn in range(turns):
             barrier.wait()
             made.append(store.create(f"folder {turn}/object", b"%d" % number))
         return made
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(work, range(8)))
-    for turn in range(20):
+    after = open_store()
+    for turn in range(turns):
         winners = [number for number in range(8) if results[number][turn]]
         assert len(winners) == 1
-        assert open_store().read(f"folder {turn}/object") == b"%d" % winners[0]
+        assert after.read(f"folder {turn}/object") == b"%d" % winners[0]
 
 
 def test_replace_compares_first(store: ObjectStore) -> None:
@@ -96,13 +110,15 @@ def test_replace_compares_first(store: ObjectStore) -> None:
     assert list(store.names()) == ["head", "in/a/folder"]
 
 
-def test_of_eight_threads_that_replace_none_overwrites_another(open_store: Callable[[], ObjectStore]) -> None:
+def test_of_eight_threads_that_replace_none_overwrites_another(
+    open_store: Callable[[], ObjectStore], kind: str
+) -> None:
     """Eight add one to a counter: what the last one reads is what all have added."""
 
     def work(_number: int) -> None:
         store = open_store()
         done = 0
-        while done < 10:
+        while done < (2 if kind.startswith("s3") else 10):
             standing = read_or_none(store, "counter")
             try:
                 store.replace("counter", b"%d" % (int(standing or b"0") + 1), standing)
@@ -112,7 +128,7 @@ def test_of_eight_threads_that_replace_none_overwrites_another(open_store: Calla
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert open_store().read("counter") == b"80"
+    assert open_store().read("counter") == (b"16" if kind.startswith("s3") else b"80")
 
 
 def read_or_none(store: ObjectStore, path: str) -> bytes | None:
@@ -126,19 +142,18 @@ def read_or_none(store: ObjectStore, path: str) -> bytes | None:
 @given(
     st.sets(st.from_regex(r"[a-c0-1.-]{1,3}(/[a-c]{1,2}){0,2}", fullmatch=True).filter(lambda n: n.strip("./") == n))
 )
-def test_names_are_complete_sorted_and_below_their_prefix(paths: set[str]) -> None:
+def test_names_are_complete_sorted_and_below_their_prefix(kind: str, paths: set[str]) -> None:
     """A name that stands is no folder of another: such ones are left out here."""
     paths = {path for path in paths if not any(other.startswith(f"{path}/") for other in paths)}
-    for open_at in STORES.values():
-        with tempfile.TemporaryDirectory() as folder:
-            store = open_at(Path(folder))
-            for path in paths:
-                assert store.create(path, b"x")
-            assert list(store.names()) == sorted(paths)
-            for prefix in ("a/", "b/c/", "none/"):
-                if prefix.removesuffix("/") in paths:
-                    continue  # see the next test
-                assert list(store.names(prefix)) == sorted(path for path in paths if path.startswith(prefix))
+    with tempfile.TemporaryDirectory() as folder:
+        store = STORES[kind](Path(folder))
+        for path in paths:
+            assert store.create(path, b"x")
+        assert list(store.names()) == sorted(paths)
+        for prefix in ("a/", "b/c/", "none/"):
+            if prefix.removesuffix("/") in paths:
+                continue  # see the next test
+            assert list(store.names(prefix)) == sorted(path for path in paths if path.startswith(prefix))
 
 
 def test_an_object_is_not_below_itself(store: ObjectStore) -> None:
@@ -149,22 +164,62 @@ def test_an_object_is_not_below_itself(store: ObjectStore) -> None:
 def test_names_leave_out_what_is_the_stores_own(store: ObjectStore) -> None:
     store.create("a", b"x")
     store.replace("head", b"x", None)
-    assert list(store.names()) == ["a", "head"]
+    store.create(".tmp/probe/one", b"x")
+    assert list(store.names()) == [name for name, _stat in store.stats()] == ["a", "head"]
+    assert list(store.names(".tmp/probe/")) == [".tmp/probe/one"]
 
 
-def test_an_object_that_was_moved_aside_keeps_its_bytes(store: ObjectStore) -> None:
-    names = []
-    for data in (b"bad", b"bad again"):
-        store.create("a/b", data)
-        names.append(store.move_aside("a/b"))
+def test_sizes_and_times_without_reading(store: ObjectStore) -> None:
+    begin_us = (time.time_ns() // 1_000_000_000 - 5) * 1_000_000  # a store counts in whole seconds, by its own clock
+    store.create("b", b"")
+    store.create("a/c", b"x" * 100_000)
+    found = dict(store.stats())
+    assert {name: stat.size for name, stat in found.items()} == {"a/c": 100_000, "b": 0}
+    for name, stat in found.items():
+        again = store.stat(name)
+        assert begin_us <= stat.modified_us <= begin_us + 65_000_000
+        assert (again.size, again.modified_us // 1_000_000) == (stat.size, stat.modified_us // 1_000_000)
+    assert list(dict(store.stats("a/"))) == ["a/c"]
+    for absent in ("a", "d", "a/c/d"):
         with pytest.raises(Missing):
-            store.read("a/b")
-    assert store.create("a/b", b"good") is True
-    assert [store.read(name) for name in names] == [b"bad", b"bad again"]
-    assert len(set(names)) == 2
-    assert all(name.startswith("quarantine/") for name in names)
-    with pytest.raises(Unavailable):
-        store.move_aside("nothing")
+            store.stat(absent)
+
+
+def test_each_write_is_another_version(store: ObjectStore) -> None:
+    store.create("a", b"x")
+    first = store.stat("a")
+    assert store.create("a", b"y") is False
+    assert store.stat("a").version == first.version
+    store.replace("a", b"x", b"x")
+    assert store.stat("a").version != first.version
+
+
+def test_delete_removes_what_was_seen_and_nothing_else(store: ObjectStore) -> None:
+    store.create(".tmp/a", b"x")  # nobody locks these
+    seen = store.stat(".tmp/a")
+    store.replace(".tmp/a", b"x", b"x")
+    assert store.delete(".tmp/a", seen) is False
+    assert store.read(".tmp/a") == b"x"
+    assert store.delete(".tmp/a", store.stat(".tmp/a")) is True
+    assert list(store.names(".tmp/")) == [name for name in store.names(".tmp/") if name == ".tmp/lock"]
+    assert store.delete(".tmp/a", seen) is False
+    assert store.create(".tmp/a", b"again") is True
+    assert store.read(".tmp/a") == b"again"
+
+
+def test_what_is_locked_stays(store: ObjectStore, kind: str) -> None:
+    """Also when it was written again: its age begins anew, and so does its lock."""
+    store.create("a", b"x")
+    store.replace("a", b"x", b"x")
+    locks = kind == "s3-object-lock"
+    assert store.delete("a", store.stat("a")) is not locks
+    assert list(store.names()) == ["a"] * locks
+
+
+def test_the_probe_takes_it_and_leaves_nothing(store: ObjectStore, kind: str) -> None:
+    for _ in range(2):
+        check_store(store, SystemIds(), kind)
+    assert list(store.names()) == list(store.names(PROBES)) == []
 
 
 # The local folder alone: what it does when the machine or the process fails.
@@ -334,7 +389,12 @@ def test_a_folder_that_cannot_be_read_is_unavailable_and_not_empty(open_folder: 
 def test_a_folder_that_cannot_be_written_is_unavailable(open_folder: Path) -> None:
     store = FolderObjects(open_folder / "store")
     store.create("a", b"x")
-    for act in (lambda: store.create("b", b"x"), lambda: store.replace("b", b"x", None), lambda: store.move_aside("a")):
+    seen = store.stat("a")
+    for act in (
+        lambda: store.create("b", b"x"),
+        lambda: store.replace("b", b"x", None),
+        lambda: store.delete("a", seen),
+    ):
         with pytest.raises(Unavailable), without_privilege():
             act()
     assert list(store.names()) == ["a"]

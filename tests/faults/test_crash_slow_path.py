@@ -28,7 +28,7 @@ from render_platform.clock import HOUR_US, ManualClock
 from render_platform.database import usage_events
 from render_platform.errors import RecordError, Unavailable
 from render_platform.events import UsageEvent
-from render_platform.objects import ObjectStore
+from render_platform.objects import ObjectStore, Stat
 from render_platform.pipeline import Platform
 from tests.factories import START_US, make_events
 from tests.platforms import LIVE, check_evidence, make_platform, record, record_random
@@ -97,8 +97,14 @@ class FaultyObjects:
     def names(self, prefix: str = "") -> Iterator[str]:
         return self._objects.names(prefix)
 
-    def move_aside(self, path: str) -> str:
-        return self._objects.move_aside(path)
+    def stats(self, prefix: str = "") -> Iterator[tuple[str, Stat]]:
+        return self._objects.stats(prefix)
+
+    def stat(self, path: str) -> Stat:
+        return self._objects.stat(path)
+
+    def delete(self, path: str, seen: Stat) -> bool:
+        return self._objects.delete(path, seen)
 
 
 def with_faults(platform: Platform, faults: Faults) -> Platform:

@@ -169,8 +169,8 @@ def open_faulty(path: Path, wait_s: float = 30) -> FaultyDatabase:
 class WatchedWriter(Writer[Operation]):
     """Time waits for its commits."""
 
-    def submit(self, operation: Operation) -> asyncio.Future[Any]:
-        return virtual_loop().wait_for(super().submit(operation))
+    def submit(self, operation: Operation, abandoned: Callable[[Any], None] | None = None) -> asyncio.Future[Any]:
+        return virtual_loop().wait_for(super().submit(operation, abandoned))
 
 
 @contextmanager
@@ -183,6 +183,7 @@ def held_writer(rig: Rig) -> Iterator[None]:
         gate.wait()
 
     rig.writer.submit(Do(hold))
+    rig.writer.hand_over()
     held.wait()
     try:
         yield

@@ -73,9 +73,10 @@ def test_a_full_house_makes_jobs_wait_and_a_full_queue_refuses(tmp_path: Path) -
             with pytest.raises(QueueFull):
                 await rig.submit()
             assert rig.sql("SELECT count(*) FROM jobs") == [(3,)]
-            assert rig.engine.eta_us(waiting[1]) is None  # no job has run yet
+            position = rig.engine.get_queue_position(waiting[1])
+            assert rig.engine.eta_us(waiting[1], position) is None  # no job has run yet
             await rig.ended(running)
-            assert rig.engine.eta_us(waiting[1]) == 1_000_000
+            assert rig.engine.eta_us(waiting[1], rig.engine.get_queue_position(waiting[1])) == 1_000_000
             await rig.submit()
             await rig.idle()
             assert rig.sql("SELECT DISTINCT state FROM jobs") == [("success",)]

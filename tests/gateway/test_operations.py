@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from render_platform.gateway.identity import ANY
 from render_platform.gateway.ingest import BATCH, ONE, TYPE, event_id_of
+from render_platform.gateway.problems import is_openai
 from tests.gateway.http import CHAT, CHAT_PATH, HUGGING_FACE, Client, Reply, Running, running
 
 
@@ -198,12 +199,12 @@ def test_the_document_is_complete(client: Client) -> None:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert len(operations) == 20
+    assert len(operations) == 28
     for (_, path), operation in operations.items():
         assert operation["description"]
         refusals = {status: one for status, one in operation["responses"].items() if status[0] in "45"}
         kinds = {kind for status, one in refusals.items() for kind in one["content"] if (path, status) != READY}
-        assert kinds == {"application/json" if path.startswith("/v1/") else "application/problem+json"}
+        assert kinds == {"application/json" if is_openai(path) else "application/problem+json"}
         assert ("401" in operation["responses"]) == (operation.get("security") != [{}])
     assert document["components"]["schemas"]["QueueRequest"]["additionalProperties"] is False
     assert set(document["components"]["securitySchemes"]) == {"bearer", "api_key"}

@@ -15,6 +15,7 @@ from schemathesis.checks import positive_data_acceptance
 from render_platform.gateway.identity import ANY, Terms
 from tests.conftest import SEED
 from tests.gateway.http import CHAT, Running, running
+from tests.gateway.test_evidence_routes import flush
 from tests.gateway.test_operations import usage
 
 EXAMPLES = 25
@@ -29,7 +30,7 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, str]
     terms = Terms(priority_max="high", rate_per_s=100_000, burst=100_000)
     with running(folder) as made:
         create, bound = made.gateway.keys.create, {"sources": ["rack-7"], "customers": [ANY]}
-        key = made.call(lambda: create("acme", ["customer", "meter"], terms, **bound))
+        key = made.call(lambda: create("acme", ["customer", "meter", "auditor"], terms, **bound))
     with running(folder) as made:
         yield made, key
 
@@ -38,7 +39,7 @@ def number_of(given: Any) -> int:
     return zlib.crc32(str(given).encode("utf-8", "surrogatepass"))
 
 
-def load(at: Running, mode: GenerationMode, jobs: list[str]) -> Any:
+def load(at: Running, mode: GenerationMode, jobs: list[str], audited: dict[str, str]) -> Any:
     """The document. What is valid by it names what is there, two times of three: else it would end at a 404."""
     api = schemathesis.openapi.from_url(f"{at.url}/schema/openapi.json")
     api.config.generation.with_security_parameters = False  # the test brings its own
@@ -54,7 +55,7 @@ def load(at: Running, mode: GenerationMode, jobs: list[str]) -> Any:
     @api.hook
     def map_path_parameters(context: Any, path_parameters: Any) -> Any:
         model = OWNED_MODEL if "owner" in (path_parameters or ()) else CHAT_MODEL
-        return known(path_parameters, {**model, "job_id": jobs[number_of(path_parameters) % len(jobs)]})
+        return known(path_parameters, {**model, **audited, "job_id": jobs[number_of(path_parameters) % len(jobs)]})
 
     @api.hook
     def map_body(context: Any, body: Any) -> Any:
@@ -74,8 +75,11 @@ def test_every_answer_is_in_the_document(at: tuple[Running, str], mode: Any, sub
     jobs = [client.queue(input={**CHAT, **more})["id"] for more in ({}, {"do": "fail"})]
     for job_id in jobs:
         client.ended(job_id)
+    flush(gateway.state)
+    listed = client.get("/v1/objects").json
+    audited = {"digest": listed["objects"][0]["digest"], "tile": f"0/000.p/{listed['tree_size']}"}
     checked = 0
-    for found in load(gateway, mode, jobs).get_all_operations():
+    for found in load(gateway, mode, jobs, audited).get_all_operations():
         operation = found.ok()
         if mode == GenerationMode.NEGATIVE and not (operation.body or operation.query or operation.path_parameters):
             continue  # nothing that could be wrong

@@ -22,7 +22,7 @@ from render_platform.gateway.archive import Archive
 from render_platform.gateway.jobs import Job, Outcome, Request
 from render_platform.gateway.problems import Conflict
 from render_platform.gateway.store import Accept, Finish, JobStore, Operation, Start
-from render_platform.outbox import Outbox
+from render_platform.outbox import Outbox, forget_customer
 from tests.factories import START_US
 from tests.gateway.engines import (
     backend,
@@ -121,6 +121,16 @@ def test_only_what_is_accepted_takes_a_number(books: Books) -> None:
         (2, asked[3].job_id.bytes),
     ]
     assert books.store.accepted == 2
+
+
+def test_a_customer_who_was_erased_meanwhile_gets_a_new_reference(books: Books) -> None:
+    job = books.accepted()
+    books.apply(Finish(job, 1, outcome()))
+    with books.database.write() as connection:
+        forget_customer(connection, "key", "alice", job.customer_ref)
+    later = books.accepted()
+    assert later.customer_ref != job.customer_ref
+    assert books.sql("SELECT customer_ref FROM customers") == [(later.customer_ref,)]
 
 
 def test_a_group_that_was_undone_takes_no_numbers(books: Books) -> None:

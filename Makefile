@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway test check lint types imports lock clean
+.PHONY: help demo up bench-gateway bench-audit bench-receipts test check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -22,6 +22,12 @@ up: $(READY)  ## gateway, ClickHouse bridge, Dagster and a sample load over STAT
 
 bench-gateway: $(READY)  ## the gateway against its limits and its peers (needs wrk and npm; some minutes)
 	$(BIN)/python -m benchmarks.gateway --write
+
+bench-audit: $(READY)  ## verification, appends and proofs beside pymerkle and a naive design (some minutes)
+	$(BIN)/python -m benchmarks.audit --write
+
+bench-receipts: $(READY)  ## how long a receipt takes while everything runs under load (seven minutes)
+	$(BIN)/python -m benchmarks.receipts --write
 
 test: check  ## everything that must pass
 	$(BIN)/python -m pytest

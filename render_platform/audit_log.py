@@ -66,7 +66,7 @@ class AuditLog:
             head, known = self._head_and_index(draft.type, draft.batch_id)
             if known is not None:
                 return known
-            data = replace(draft, previous=head.last_entry_digest).to_bytes()
+            parse(data := replace(draft, previous=head.last_entry_digest).to_bytes())  # else nobody could read it
             self._cas.put(data)
             if self._commit(head, draft, data, mark):
                 return int(head.size)

@@ -20,6 +20,8 @@ from render_platform.errors import Finding
 from render_platform.events import require_schema
 from render_platform.note import Signer, Verifier
 
+MAX_ROWS = 50_000
+MAX_UNPACKED_BYTES = 256 * 1024 * 1024
 _MAGIC = b"PAR1"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -43,6 +45,8 @@ def decode(data: bytes) -> pa.Table:
     try:
         # One thread: the bytes are in memory, and pyarrow's pools can outlive the interpreter at exit.
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        if file.metadata.num_rows > MAX_ROWS or _unpacked(file.metadata) > MAX_UNPACKED_BYTES:
+            raise Finding("holds more than a batch may")
         table = file.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise Finding(f"not readable as Parquet: {error}") from error
@@ -50,6 +54,10 @@ def decode(data: bytes) -> pa.Table:
         raise Finding("holds bytes that are no part of the Parquet file that its footer describes")
     require_schema(table.schema)
     return table
+
+
+def _unpacked(metadata: pq.FileMetaData) -> int:
+    return sum(int(metadata.row_group(at).total_byte_size) for at in range(metadata.num_row_groups))
 
 
 def _length(metadata: pq.FileMetaData) -> int:

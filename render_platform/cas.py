@@ -33,7 +33,7 @@ from render_platform.errors import (
     Unavailable,
     UsageError,
 )
-from render_platform.objects import PROBES, FolderObjects, ObjectStore, Stat, check_store
+from render_platform.objects import LOCK, SCRATCH, FolderObjects, ObjectStore, Stat, check_store
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _PATH = re.compile(r"sha256/([0-9a-f]{2})/([0-9a-f]{62})")
@@ -291,7 +291,7 @@ def collect_orphans(
 
 
 def _old(objects: ObjectStore, before_us: int) -> Iterator[tuple[str, Stat]]:
-    for prefix in ("", PROBES):  # what a killed start-up probe left is removed with the rest
+    for prefix in ("", SCRATCH):  # what a killed writer or start-up probe left is removed with the rest
         for name, stat in objects.stats(prefix):
             if stat.modified_us <= before_us:
                 yield name, stat
@@ -303,7 +303,7 @@ def _is_orphan(objects: ObjectStore, name: str, is_named: Callable[[str], bool])
     if match := _QUARANTINED.fullmatch(name):
         digest = match[1] + match[2]
         return not is_named(digest) or _reads_back(objects, digest)
-    return name.startswith(PROBES)
+    return name.startswith(SCRATCH) and name != LOCK
 
 
 def _reads_back(objects: ObjectStore, digest: str) -> bool:

@@ -1,21 +1,31 @@
-"""What the commands print for a person: tables, progress bars, and the demo's story."""
+"""What the commands print for a person: tables, progress bars, and the demo's story; and what they keep for him."""
 
 from __future__ import annotations
 
+import os
+import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import click
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from render_platform.bundle import BundleVerification
+from render_platform.cas import Collection
 from render_platform.clock import iso
 from render_platform.demo import Story
+from render_platform.errors import Finding, UsageError
 from render_platform.evidence import Verification
+from render_platform.note import MAX_NOTE_CHARACTERS, Checkpoint, claimed_checkpoint
+from render_platform.objects import sync_folder
 from render_platform.reconciliation import CAUSES, HourReport
+from render_platform.recovery import Recovered
 
 LABELS = {
     "replay": "replay: outbox and ClickHouse",
@@ -28,10 +38,21 @@ LABELS = {
     "blobs": "verify objects",
     "events": "look for events that stand twice",
     "read": "read the trace",
+    "entries": "find the entries of the hours",
+    "members": "write the bundle",
+    "plan": "look at what the database lacks",
+    "recover": "replay the log's entries",
+    "clickhouse": "fill ClickHouse",
+    "compare": "compare the hours",
 }
 COLOURS = {"reconciled": "green", "discrepant": "red", "pending": "yellow", "unavailable": "magenta"}
 MAX_LISTED = 20
 EXAMPLE_QUERY = "SELECT model_name, sum(gpu_time_ns) FROM usage_events GROUP BY ALL"
+
+
+def escape(text: str) -> str:
+    """Text that others may have chosen: no markup of ours, and nothing that a terminal would obey."""
+    return escape_markup("".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text))
 
 
 def person() -> Console:
@@ -144,11 +165,41 @@ def print_bundle(console: Console, outcome: BundleVerification) -> None:
     claims = outcome.claims
     if claims:
         console.print(
-            f"hours {iso(claims['start_us'])} … {iso(claims['end_us'])}, lanes {', '.join(outcome.lanes) or 'none'}"
+            f"hours {iso(claims['start_us'])} … {iso(claims['end_us'])}, "
+            f"lanes {escape(', '.join(outcome.lanes)) or 'none'}"
         )
     for doubt in outcome.doubts:
         console.print(f"[yellow]not provably complete:[/] {escape(doubt)}")
     console.print(f"[bold]{outcome.verdict.replace('_', ' ')}[/]")
+
+
+def print_collection(done: Collection) -> None:
+    click.echo(f"{_many(len(done.orphans), 'orphan')}, {len(done.removed)} removed")
+    for orphan in done.orphans:
+        click.echo(f"  {orphan.name}: {orphan.size} bytes")
+
+
+def print_recovery(done: Recovered, plan: bool) -> None:
+    """Every count that is not 0, in words."""
+    if not done.entries:
+        click.echo(f"nothing to recover: the database holds all {done.size} entries")
+        return
+    click.echo(f"{'to replay' if plan else 'replayed'}: entries {done.size_before} to {done.size - 1}")
+    more = {name: value for name, value in vars(done).items() if name not in ("size", "size_before", "entries")}
+    for name, value in {**done.entries, **more}.items():
+        count = len(value) if isinstance(value, list) else value
+        if count:
+            click.echo(f"  {name.replace('_', ' ')}: {count}")
+
+
+def print_drill(
+    size: int, target: Path, found: Sequence[tuple[str, str, Any, Any]], waiting: Mapping[str, int]
+) -> None:
+    click.echo(f"rebuilt {_many(size, 'entry', 'entries')} in {target}: {'DIFFERENT' if found else 'equal'}")
+    for store, hour, here, rebuilt in found:
+        click.echo(f"  {store} {hour}: here {here}, rebuilt {rebuilt}")
+    for hour, events in waiting.items():
+        click.echo(f"  {hour}: {_many(events, 'event')} here not published yet")
 
 
 def print_reports(console: Console, reports: list[HourReport]) -> None:
@@ -189,3 +240,34 @@ def _evidence(outcome: Verification) -> str:
         f"{_many(outcome.entries, 'entry', 'entries')}, {_many(outcome.batches, 'batch', 'batches')} of "
         f"{_many(outcome.records, 'event')}, {_many(outcome.blobs, 'object')} rehashed, {depth}"
     )
+
+
+# What is kept.
+
+
+def remembered(file: Path) -> Checkpoint:
+    """The checkpoint in a file of the user's, whoever signed it: whoever can write the file could also remove it."""
+    with file.open("rb") as opened:
+        data = opened.read(4 * MAX_NOTE_CHARACTERS)
+    try:
+        return claimed_checkpoint(data)
+    except Finding as error:
+        what = f"{file} is no checkpoint that was remembered: {error.message}"
+        raise UsageError(what, "restore it from a copy; without it, a log that was cut short would verify") from error
+
+
+def remember(file: Path, note: bytes) -> None:
+    """Put `note` in the file's place, whole and durable, unless another process has remembered a larger one."""
+    if file.exists() and remembered(file).size > claimed_checkpoint(note).size:
+        return
+    scratch = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with scratch.open("xb") as opened:
+            opened.write(note)
+            opened.flush()
+            os.fsync(opened.fileno())
+        # A crash before this: the checkpoint that was remembered before stands. After it: the new one.
+        scratch.replace(file)
+        sync_folder(file.parent)
+    finally:
+        scratch.unlink(missing_ok=True)

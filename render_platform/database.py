@@ -331,7 +331,7 @@ class Database:
             raise Unavailable(f"the database cannot be used: {error.orig}", "restore it from a backup") from error
 
 
-PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-65536", "wal_autocheckpoint=8000")
+PRAGMAS = "journal_mode=WAL synchronous=FULL foreign_keys=ON secure_delete=ON cache_size=-65536 wal_autocheckpoint=8000"
 """64 MiB of pages in memory; the journal is folded into the file every 32 MiB, which costs two waits for the disk."""
 
 
@@ -349,7 +349,7 @@ def open_sqlite(path: Path) -> Database:
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are begun below, never by the driver
-        for pragma in PRAGMAS:
+        for pragma in PRAGMAS.split():
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")

@@ -147,11 +147,16 @@ class Accepted:
 class Window:
     """Entries that are balanced together: one, or more where their acceptances did not fit into one."""
 
+    entries: int = 0
     ended: int = 0
     rows: int = 0
     most: int = 0
     """All rows of the batches, whosoever they are."""
     unread: bool = False
+
+
+ACCEPTING_LANE = "live"
+"""Where gateways record."""
 
 
 class Acceptances:
@@ -168,13 +173,16 @@ class Acceptances:
         self.now_us = 0
         self._newest: dict[str, int] = {}
         self._lane: str | None = None
+        self._counting = False  # after the first ranges: a gateway that comes later is counted from its first epoch
         self._billed: set[str | None] = set()
         self._window = Window()
 
     def follow(self, entry: AuditEntry, rows: int | None) -> Iterator[str]:
         """Take in what `entry` says; gives what is wrong. `rows`: of gateways' jobs in its batch; None: not read."""
         if entry.acceptances:
-            self._lane = entry.lane
+            if entry.lane != ACCEPTING_LANE or entry.type not in ("usage_batch", "watermark"):
+                yield f"acceptances stand in a {entry.type} of the lane {entry.lane}"
+            self._lane = ACCEPTING_LANE
         for item in entry.acceptances:
             name = f"{item['gateway']} epoch {item['epoch']}"
             for problem in self._take(item, entry.complete_until or 0):
@@ -195,9 +203,11 @@ class Acceptances:
         window = self._window
         window.most += entry.records if entry.type == "usage_batch" else 0
         window.rows, window.unread = window.rows + (rows or 0), window.unread or rows is None
-        if len(entry.acceptances) == MAX_ACCEPTANCES:
+        window.entries += 1
+        if len(entry.acceptances) == MAX_ACCEPTANCES and window.entries <= len(self.epochs) // MAX_ACCEPTANCES:
             return  # there may be more, in the next entry
         self._window = Window()
+        self._counting = self._counting or bool(self.epochs)
         held = window.most if window.unread else window.rows
         if window.ended > held:
             yield f"{window.ended} accepted jobs are said to have ended, and {held} rows say how"
@@ -208,7 +218,7 @@ class Acceptances:
         key = gateway, epoch = item["gateway"], item["epoch"]
         if key not in self.epochs:
             newest = self._newest.get(gateway, 0)
-            if not newest and epoch > 1 and self._lane in self._billed:
+            if not (newest or self._counting) and epoch > 1 and self._lane in self._billed:
                 self.begun_late[gateway] = epoch
             elif epoch != newest + 1:
                 yield f"the acceptances of epoch {newest + 1} come next, and are left out"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import duckdb
@@ -28,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 PROGRESS_EVERY = 32
 MAX_LISTED = 3
 IDS_MEMORY = "512MB"
+_ANY_ORDER = ("preserve_insertion_order", "false")
 GATEWAY_SOURCES = "gateway/"
 UNBOUND = "nothing: no entry binds it"
 
@@ -134,23 +135,31 @@ def said(error: PlatformError, path: str) -> str:
 
 
 class EventIds:
-    """Finds event ids that stand in several batches, in bounded memory: DuckDB puts what does not fit into files."""
+    """Finds events and jobs that stand twice, in bounded memory: DuckDB puts what does not fit into files."""
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="render-platform-")
         self._rows = duckdb.connect()
-        for name, value in (("temp_directory", self._folder.name), ("memory_limit", IDS_MEMORY), ("threads", 2)):
+        for name, value in (
+            ("temp_directory", self._folder.name),
+            ("memory_limit", IDS_MEMORY),
+            ("threads", 2),
+            _ANY_ORDER,
+        ):
             self._rows.execute(f"SET {name} = '{value}'")
-        self._rows.execute("CREATE TABLE ids (event_id UUID, batch UINTEGER)")
+        self._rows.execute("CREATE TABLE ids (event_id UUID, job_id UUID, batch UINTEGER)")
 
     def add(self, rows: pa.Table, batch: int) -> None:
-        self._rows.register("more", rows.select(["event_id"]))
-        self._rows.execute(f"INSERT INTO ids SELECT DISTINCT event_id, {batch:d} FROM more")  # noqa: S608  a number
+        self._rows.register("more", rows.select(["event_id", "job_id"]))
+        self._rows.execute(f"INSERT INTO ids SELECT DISTINCT event_id, job_id, {batch:d} FROM more")  # noqa: S608  a number
 
-    def twice(self) -> Iterator[tuple[UUID, list[int]]]:
-        """Each id that stands in several batches, and the numbers of these, sorted."""
-        query = "SELECT event_id, list_sort(list(batch)) FROM ids GROUP BY event_id HAVING count(*) > 1 ORDER BY ALL"
-        found = self._rows.execute(query)
+    def twice(self, of: Literal["event_id", "job_id"]) -> Iterator[tuple[UUID, list[int]]]:
+        """Each event in several rows, or each job with several events, and the numbers of their batches, sorted."""
+        several = "count(*) > 1" if of == "event_id" else "min(event_id) <> max(event_id)"
+        found = self._rows.execute(
+            f"SELECT {of}, list_sort(list(batch)) FROM ids SEMI JOIN "  # noqa: S608  a column's name
+            f"(SELECT {of} FROM ids GROUP BY {of} HAVING {several}) USING ({of}) GROUP BY {of} ORDER BY ALL"
+        )
         while some := found.fetchmany(1_000):
             yield from some
 
@@ -201,7 +210,8 @@ class BlobCheck:
             self._progress("blobs", len(digests), len(digests))
             if self._ids is not None:
                 self._progress("events", 0, self._outcome.deep_records)
-                self._find_twice(self._ids)
+                self._find_twice("an event", self._ids.twice("event_id"))
+                self._find_twice("a job", self._ids.twice("job_id"))
                 self._progress("events", self._outcome.deep_records, self._outcome.deep_records)
         finally:
             if self._ids is not None:
@@ -306,11 +316,11 @@ class BlobCheck:
         hour.batches, hour.records = hour.batches + 1, hour.records + table.num_rows
         hour.gpu_time_ns += entry.gpu_time_ns
 
-    def _find_twice(self, ids: EventIds) -> None:
+    def _find_twice(self, what: str, twice: Iterable[tuple[UUID, list[int]]]) -> None:
         """Ids that stand in two of the batches that were read: one problem for all that the same batches hold."""
         found: dict[tuple[int, ...], list[str]] = defaultdict(list)
         counts: dict[tuple[int, ...], int] = defaultdict(int)
-        for event, numbers in ids.twice():
+        for event, numbers in twice:
             counts[tuple(numbers)] += 1
             if counts[tuple(numbers)] <= MAX_LISTED:
                 found[tuple(numbers)].append(str(event))
@@ -319,8 +329,8 @@ class BlobCheck:
             *others, last = sorted(held, key=lambda entry: (entry.recorded_hour or 0, entry.batch_id))
             more = f" and {counts[holders] - MAX_LISTED} more" if counts[holders] > MAX_LISTED else ""
             where = ", ".join(entry.batch_id for entry in others)
-            twice = f"an event stands twice: {', '.join(events)}{more}"
-            self._add(str(last.subject_digest), f"{twice}; {where} holds it too")
+            named = f"{what} stands twice: {', '.join(events)}{more}"
+            self._add(str(last.subject_digest), f"{named}; {where} holds it too")
 
     def _check_attestation(self, entry: AuditEntry, data: bytes) -> None:
         keys = {key.vkey: key for key in self._attesters[str(entry.attestation)]}

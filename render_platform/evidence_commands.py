@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import click
 
-from render_platform import console, receipt_verifier, witness
+from render_platform import console, keyring, receipt_verifier, witness
 from render_platform.audit_log import CHECKPOINT
 from render_platform.bundle import BundleVerification, make_bundle, verify_bundle
 from render_platform.cas import NamedDigests, collect_orphans, open_objects
@@ -19,24 +18,17 @@ from render_platform.clickhouse import open_clickhouse
 from render_platform.clock import DAY_US, SystemClock, SystemIds
 from render_platform.config import Settings, load_settings
 from render_platform.entries import END_OF_TIME_US
-from render_platform.errors import Finding, UsageError
+from render_platform.errors import Finding, Missing, Unavailable, UsageError
 from render_platform.evidence import Evidence, Verification
-from render_platform.keyring import ROLES, countersign, draft_rotation, log_rotation
-from render_platform.note import (
-    Verifier,
-    WitnessKey,
-    claimed_checkpoint,
-    cosignatures_of,
-    load_key,
-    load_or_create_key,
-)
+from render_platform.note import Verifier, WitnessKey, claimed_checkpoint, cosignatures_of, load_key, load_or_create_key
 from render_platform.options import Time, json_option, print_json, state_option
 from render_platform.pipeline import Platform, RoleKeys, open_platform
 from render_platform.receipts import Erasure, Receipts
-from render_platform.recovery import Recovered, Recovery, differences, read_figures, restore_drill
+from render_platform.recovery import Recovery, differences, read_figures, restore_drill
 from render_platform.verification import verify
 
 _FILE = click.Path(path_type=Path)
+_INPUT = click.Path(path_type=Path, exists=True, dir_okay=False)
 _key_option = click.option(
     "--key",
     "vkeys",
@@ -72,22 +64,27 @@ def verify_command(
     """Verify the evidence, offline: log, chain, objects, batches."""
     if start is not None and end is not None and start >= end:
         raise UsageError("--from is not before --to", "give a range that holds at least one hour")
+    keys = [WitnessKey.parse(vkey) for vkey in dict.fromkeys(witnesses)]
+    if quorum is not None and quorum > len(keys):
+        raise UsageError(f"--quorum is {quorum}, of {len(keys)} witnesses", "give --witness for each that may count")
     settings = load_settings(state_dir=state)
     evidence, notes = _pinned(settings, vkeys) if vkeys else _own(settings)
     if remember is not None and remember.exists():
-        known = claimed_checkpoint(remember.read_bytes())  # whoever can write the file can only raise an alarm
-        evidence = replace(evidence, history=[*evidence.history, known])
-        notes = [note for note in notes if not note.startswith("unwitnessed")]
+        evidence = replace(evidence, history=[*evidence.history, console.remembered(remember)])
+    if not evidence.history:
+        notes += [f"{'' if keys else 'unwitnessed: '}no earlier checkpoint is known here; a log cut short would verify"]
+    published = _published(evidence)
     ranged = start is not None or end is not None
     with console.progress_bars() as progress:
         outcome = verify(
             evidence, deep=deep, start_us=start or 0, end_us=end or END_OF_TIME_US, only_range=ranged, progress=progress
         )
     if outcome.checkpoint is not None:
-        published = evidence.log.read(CHECKPOINT)
-        _check_witnesses(outcome, published, [WitnessKey.parse(vkey) for vkey in witnesses], quorum)
+        if not published or claimed_checkpoint(published) != outcome.checkpoint:
+            raise Unavailable("a checkpoint was published just when this began", "run the command again")
+        _check_witnesses(outcome, published, keys, quorum)
         if remember is not None and outcome.verified:
-            remember.write_bytes(published)
+            console.remember(remember, published)
     for note in notes:
         outcome.note(note)
     if as_json:
@@ -99,9 +96,7 @@ def verify_command(
 
 def _own(settings: Settings) -> tuple[Evidence, list[str]]:
     with open_platform(settings) as platform:
-        return platform.evidence(), [
-            "the keys came from the state folder itself; pin yours with --key (see `vkey`)",
-        ]
+        return platform.evidence(), ["the keys came from the state folder itself; pin yours with --key (see `vkey`)"]
 
 
 def _pinned(settings: Settings, vkeys: Sequence[str]) -> tuple[Evidence, list[str]]:
@@ -113,9 +108,19 @@ def _pinned(settings: Settings, vkeys: Sequence[str]) -> tuple[Evidence, list[st
     if not signing:
         raise UsageError("no --key is a log's key", "give what `render-platform vkey` prints")
     blobs, log = open_objects(settings, SystemIds())
-    recovery = Verifier.parse(settings.recovery_key) if settings.recovery_key else None
-    evidence = Evidence(log, blobs, signing, attesting, recovery_key=recovery)
-    return evidence, ["unwitnessed: no earlier checkpoint is known here; a log that was cut short would verify"]
+    return Evidence(log, blobs, signing, attesting, recovery_key=_recovery_key(settings)), []
+
+
+def _recovery_key(settings: Settings) -> Verifier | None:
+    return Verifier.parse(settings.recovery_key) if settings.recovery_key else None
+
+
+def _published(evidence: Evidence) -> bytes:
+    """The note as it stands before it is verified: what is remembered is no later one. Empty where there is none."""
+    try:
+        return evidence.log.read(CHECKPOINT)
+    except Missing:
+        return b""
 
 
 def _check_witnesses(outcome: Verification, note: bytes, keys: Sequence[WitnessKey], quorum: int | None) -> None:
@@ -123,7 +128,7 @@ def _check_witnesses(outcome: Verification, note: bytes, keys: Sequence[WitnessK
     if not keys:
         return
     try:
-        found = {cosignature.key for cosignature in cosignatures_of(note.decode(), keys)}
+        found = cosignatures_of(note.decode(), keys)
     except Finding as error:
         outcome.add("log/checkpoint", error.message, None, "that witnesses have seen this log")
         return
@@ -143,24 +148,19 @@ def bundle(start: int, end: int, output: Path, whole_log: bool, state: Path | No
     """Write one archive with which an auditor verifies these hours offline. 3: they are not provably complete."""
     with console.progress_bars() as progress, open_platform(load_settings(state_dir=state)) as platform:
         outcome = make_bundle(
-            platform.evidence(),
-            platform.log_signer,
-            range(start, end),
-            output,
-            whole_log=whole_log,
-            progress=progress,
+            platform.evidence(), platform.log_signer, range(start, end), output, whole_log=whole_log, progress=progress
         )
     _tell_bundle(outcome, as_json)
 
 
 @click.command("verify-bundle")
-@click.argument("file", type=_FILE)
+@click.argument("file", type=_INPUT)
 @_key_option
-@click.option("--remember", type=_FILE, help="A checkpoint that you have kept, which the bundle's log must extend.")
+@click.option("--remember", type=_INPUT, help="A checkpoint that you have kept, which the bundle's log must extend.")
 @json_option
 def verify_bundle_command(file: Path, vkeys: Sequence[str], remember: Path | None, as_json: bool) -> None:
     """Verify an auditor's bundle with pinned keys alone. 1: it does not verify, 3: it is not provably complete."""
-    known = [claimed_checkpoint(remember.read_bytes())] if remember else []
+    known = [console.remembered(remember)] if remember else []
     keys = [Verifier.parse(vkey) for vkey in vkeys]
     with console.progress_bars() as progress:
         outcome = verify_bundle(file, keys, remembered=known, progress=progress)
@@ -184,21 +184,12 @@ def collect(plan: bool, older_than_days: int, state: Path | None, as_json: bool)
     """Remove objects that neither the log nor the database names, and that no writer can still be about to name."""
     with open_platform(load_settings(state_dir=state)) as platform:
         platform.log.publish()  # stops where the published log is ahead of this database
-        done = collect_orphans(
-            platform.blobs,
-            NamedDigests(platform.database),
-            SystemClock(),
-            plan=plan,
-            older_than_us=older_than_days * DAY_US,
-        )
+        named, age_us = NamedDigests(platform.database), older_than_days * DAY_US
+        done = collect_orphans(platform.blobs, named, SystemClock(), plan=plan, older_than_us=age_us)
     if as_json:
-        print_json(
-            {"orphans": [asdict(orphan) for orphan in done.orphans], "removed": done.removed, "spared": done.spared}
-        )
-        return
-    click.echo(f"{len(done.orphans)} orphans, {len(done.removed)} removed")
-    for orphan in done.orphans:
-        click.echo(f"  {orphan.name}: {orphan.size} bytes")
+        print_json(asdict(done))
+    else:
+        console.print_collection(done)
 
 
 @click.command()
@@ -218,7 +209,7 @@ def receipt(event_id: uuid.UUID, state: Path | None) -> None:
 @json_option
 def verify_receipt(file: Path, vkeys: Sequence[str], witnesses: Sequence[str], as_json: bool) -> None:
     """Verify a receipt with pinned keys: no state, no network. See also python -m render_platform.receipt_verifier."""
-    options = [part for key in vkeys for part in ("--key", key)] + [p for key in witnesses for p in ("--witness", key)]
+    options = [*(f"--key={key}" for key in vkeys), *(f"--witness={key}" for key in witnesses)]
     sys.exit(receipt_verifier.main([*options, *(["--json"] if as_json else []), "--", str(file)]))
 
 
@@ -246,25 +237,13 @@ def erase(customer_id: str, issuer: str, state: Path | None, as_json: bool) -> N
 def recover(plan: bool, state: Path | None, as_json: bool) -> None:
     """Replay the published log into a database that is behind it, such as one restored from a backup."""
     with console.progress_bars() as progress, open_platform(load_settings(state_dir=state)) as platform:
-        keys = [platform.log_signer.verifier]
+        keys = [platform.log_signer.verifier, *_coming(_role_keys(platform), "checkpoint")]
         recovery = Recovery(platform.database, platform.cas, platform.log_objects, keys)
         done = (recovery.plan if plan else recovery.run)(progress)
     if as_json:
-        print_json(asdict(done))
-        return
-    if not done.entries:
-        click.echo(f"nothing to recover: the database holds all {done.size} entries")
+        print_json(done.__dict__)
     else:
-        click.echo(f"{'to replay' if plan else 'replayed'}: entries {done.size_before} to {done.size - 1}")
-    for name, count in _figures(done):
-        click.echo(f"  {name}: {count}")
-
-
-def _figures(done: Recovered) -> list[tuple[str, int]]:
-    """Every count that is not 0, in words."""
-    values = {**done.entries, **{n: v for n, v in asdict(done).items() if n not in ("size", "size_before", "entries")}}
-    counts = {name: len(value) if isinstance(value, list) else int(value) for name, value in values.items()}
-    return [(name.replace("_", " "), count) for name, count in counts.items() if count]
+        console.print_recovery(done, plan)
 
 
 @click.command("restore-drill")
@@ -287,13 +266,9 @@ def drill(target: Path, state: Path | None, as_json: bool) -> None:
         )
     found = differences(live, rebuilt)
     if as_json:
-        print_json({"recovered": asdict(done), "waiting": live.waiting, "differences": found, "equal": not found})
+        print_json({"recovered": done.__dict__, "waiting": live.waiting, "differences": found, "equal": not found})
     else:
-        click.echo(f"rebuilt {done.size} entries in {target}: {'equal' if not found else 'DIFFERENT'}")
-        for store, hour, before, after in found:
-            click.echo(f"  {store} {hour}: here {before}, rebuilt {after}")
-        for hour, events in live.waiting.items():
-            click.echo(f"  {hour}: {events} events here are not published yet")
+        console.print_drill(done.size, target, found, live.waiting)
     sys.exit(1 if found else 0)
 
 
@@ -323,70 +298,95 @@ def rotation() -> None:
 @click.option("--name", required=True, help="Its name, such as example.com/recovery.")
 def recovery_key(file: Path, name: str) -> None:
     """Make the recovery key in FILE, which belongs on another machine, and print what to pin."""
-    click.echo(load_or_create_key(file, name).verifier.vkey)
+    made = load_or_create_key(file, name)
+    if made.name != name:
+        raise UsageError(f"{file} holds a key of the name {made.name}", "give that name, or another file")
+    click.echo(made.verifier.vkey)
 
 
 @rotation.command("draft")
-@click.argument("role", type=click.Choice(ROLES))
+@click.argument("role", type=click.Choice(keyring.ROLES))
 @click.option("--overlap", type=click.IntRange(0, 1_000_000), default=1_000, help="Entries for which both keys hold.")
 @state_option
 def draft(role: str, overlap: int, state: Path | None) -> None:
     """Make the new key, and print the rotation, signed by the old and the new one."""
     settings = load_settings(state_dir=state)
-    if not settings.recovery_key:
+    recovery = _recovery_key(settings)
+    if recovery is None:
         raise UsageError("recovery_key is not set", "set it to what `render-platform rotation recovery-key` printed")
+    if getattr(settings, f"{role}_signer"):
+        raise UsageError(f"{role}_signer is set", "make the rotation where the key is: docs/spec/keys-and-witness.md")
     with open_platform(settings) as platform:
         keys = _role_keys(platform)
-        recovery = Verifier.parse(settings.recovery_key)
-        click.echo(draft_rotation(role, keys.path(role), recovery, keys.log_size, overlap), nl=False)
+        click.echo(keyring.draft_rotation(role, keys.path(role), recovery, keys.log_size, overlap), nl=False)
 
 
 @rotation.command("sign")
-@click.argument("file", type=_FILE)
+@click.argument("file", type=_INPUT)
 @click.option("--key", type=_FILE, required=True, help="The recovery key's file.")
 def sign(file: Path, key: Path) -> None:
     """Sign a draft with the recovery key: on the machine that has it."""
-    click.echo(countersign(file.read_text(), load_key(key)), nl=False)
+    click.echo(keyring.countersign(_read_rotation(file, draft=True)[0], load_key(key)), nl=False)
 
 
 @rotation.command("finish")
-@click.argument("file", type=_FILE)
+@click.argument("file", type=_INPUT)
 @state_option
 @json_option
 def finish(file: Path, state: Path | None, as_json: bool) -> None:
     """Log the signed rotation, and put the new key's file in the old one's place."""
+    note, signed = _read_rotation(file, draft=False)
     settings = load_settings(state_dir=state)
     with open_platform(settings) as platform:
-        platform.log.publish()
+        platform.log_batches()  # what the old key has attested is logged while it may attest
         keys = _role_keys(platform)
-        index = log_rotation(file.read_text(), keys.keyring, keys.log_size, platform.cas.put, _appender(platform))
-        platform.log.publish()
-    with open_platform(settings):  # opening it puts the files in their places
-        pass
+        _check_at_hand(signed, keys, settings)
+        index = keyring.log_rotation(
+            note, keys.keyring, keys.log_size, platform.cas.put, lambda one: platform.log.append(one, lambda *_: None)
+        )
+    # A crash before this: the rotation holds, and is not published; the next start puts the files in their places.
+    with open_platform(settings) as platform:
+        keys = _role_keys(platform)
+        keyring.settle_key_files(signed.role, keys.path(signed.role), keys.keyring, keys.log_size)
+        platform.log.publish()  # by the new key: without an overlap the old one may not sign this size
     if as_json:
         print_json({"entry_index": index})
     else:
         click.echo(f"rotated; entry {index} of the log says so. Start long-running processes again")
 
 
-def _appender(platform: Platform) -> Callable[[Any], int]:
-    return lambda entry: platform.log.append(entry, lambda *_: None)
+def _read_rotation(file: Path, *, draft: bool) -> tuple[str, keyring.Rotation]:
+    """The note in a file, and what it says."""
+    with file.open("rb") as opened:
+        note = opened.read(keyring.MAX_ROTATION_BYTES + 1).decode(errors="replace")
+    try:
+        return note, keyring.Rotation.open(note, draft=draft)
+    except Finding as error:
+        made = "draft` prints" if draft else "sign` prints, made of a draft"
+        raise UsageError(f"{file}: {error.message}", f"give what `render-platform rotation {made}") from error
+
+
+def _check_at_hand(signed: keyring.Rotation, keys: RoleKeys, settings: Settings) -> None:
+    """UsageError where the rotation is not from the key in force to one that is here: after it nobody could sign."""
+    path, known = keys.path(signed.role), [span.key for span in keys.keyring.spans.get(signed.role, ())]
+    if signed.new in known:
+        return  # it is logged already
+    held = [one.verifier for one in keyring.open_signers(getattr(settings, f"{signed.role}_signer"), path)]
+    in_force = known[-1] if known else held[0]
+    if signed.old != in_force or signed.new not in (*held, *_coming(keys, signed.role)):
+        what = f"the rotation is not from the {signed.role} key in force to a key that is here"
+        raise UsageError(what, "make it again, with `render-platform rotation draft` on this state")
+
+
+def _coming(keys: RoleKeys, role: str) -> list[Verifier]:
+    """The key that a draft has made here; a database or keys from before `finish` may not know that it is in force."""
+    path = keyring.next_path(keys.path(role))
+    return [load_key(path).verifier] if path.exists() else []
 
 
 def _role_keys(platform: Platform) -> RoleKeys:
     return RoleKeys(platform.settings, platform.database, platform.cas)
 
 
-COMMANDS = (
-    verify_command,
-    bundle,
-    verify_bundle_command,
-    receipt,
-    verify_receipt,
-    erase,
-    recover,
-    drill,
-    collect,
-    run_witness,
-    rotation,
-)
+COMMANDS: tuple[click.Command, ...] = (verify_command, bundle, verify_bundle_command, receipt, verify_receipt, erase)
+COMMANDS += (recover, drill, collect, run_witness, rotation)

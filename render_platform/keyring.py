@@ -196,6 +196,9 @@ class Keyring:
             if foreign:
                 what = f"the pinned {role} key {foreign[0]} is not among those that the log's rotations name"
                 problems.append(KeyProblem(None, what))
+            if not known and len({key.name for key in keys}) < len(keys):
+                what = f"several {role} keys of one name are pinned, and no rotation links them: pin one"
+                problems.append(KeyProblem(None, what))
             if foreign or not known:
                 spans[role] = tuple(Span(key, 0, None) for key in keys)
         return cls(spans, recovery, tuple(problems))

@@ -22,6 +22,8 @@ from render_platform.clock import Ids, SystemIds
 from render_platform.errors import Missing, SequencerStopped, Unavailable, UsageError
 
 _SCRATCH = ".tmp"
+SCRATCH = f"{_SCRATCH}/"
+LOCK = f"{_SCRATCH}/lock"
 PROBES = f"{_SCRATCH}/probe/"
 """Where the start-up probe writes. `names` and `stats` give what is in `.tmp/` only to those who ask for it."""
 

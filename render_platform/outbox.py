@@ -33,6 +33,9 @@ from render_platform.database import (
 from render_platform.errors import RecordError, Unavailable, UsageError
 from render_platform.events import COLUMNS, Totals, UsageEvent, storage_row, table_from_rows
 
+_AGAIN = "run the command again"
+KEYS_REMEMBERED_S = 5
+"""For how long a gateway may still take a key that was deleted."""
 LIVE = "live"
 """The lane of what happens now; its clock is the machine's."""
 CUSTOMER_CONTEXT = b"render-platform/customer/v1\n"
@@ -240,19 +243,21 @@ def ref_to_erase(connection: sa.Connection, issuer: str, customer_id: str) -> st
     return None if ref is None else str(ref)
 
 
+def withdraw_keys(connection: sa.Connection, issuer: str, customer_id: str) -> int:
+    """Delete every row but the mapping itself that has this issuer and id: API keys, settings. Gives how many."""
+    named = {"issuer": issuer, "customer_id": customer_id}
+    tables = _tables_with(connection, *named)
+    return sum(connection.execute(table.delete().filter_by(**named)).rowcount for table in tables)
+
+
 def forget_customer(connection: sa.Connection, issuer: str, customer_id: str, ref: str | None) -> None:
     """Delete all that names the customer, inside the caller's transaction; harmless to repeat.
 
     That is: salt and mapping of `ref`; every row elsewhere that has this issuer and id (API keys, settings); the id in
-    the lists of meters' keys; and what the customer chose or got (idempotency keys, webhooks, outputs). Deleted content
-    is overwritten in the pages of SQLite's file; `truncate_wal` takes it out of the log of writes.
+    the lists of meters' keys; and what the customer chose or got (idempotency keys, webhooks, outputs). `wipe` then
+    takes it out of SQLite's files.
     """
-    sqlite = connection.dialect.name == "sqlite"
-    if sqlite:
-        connection.exec_driver_sql("PRAGMA secure_delete=ON")
-    named = {"issuer": issuer, "customer_id": customer_id}
-    for table in _tables_with(connection, *named):
-        connection.execute(table.delete().filter_by(**named))
+    withdraw_keys(connection, issuer, customer_id)
     _leave_meters(connection, issuer, customer_id)
     if ref is None:
         return
@@ -263,8 +268,7 @@ def forget_customer(connection: sa.Connection, issuer: str, customer_id: str, re
         jobs.update().where(jobs.c.customer_ref == ref, jobs.c.webhook.is_not(None)).values(webhook=None)
     )
     connection.execute(idempotency_keys.delete().filter_by(customer_ref=ref))
-    if connection.execute(customers.delete().filter_by(customer_ref=ref)).rowcount and sqlite:
-        _rebuild_customers(connection)
+    connection.execute(customers.delete().filter_by(customer_ref=ref))
 
 
 def forget_erased(connection: sa.Connection) -> int:
@@ -276,23 +280,25 @@ def forget_erased(connection: sa.Connection) -> int:
     return len(rows)
 
 
-def truncate_wal(database: Database) -> None:
-    """Bring SQLite's log of writes into its file, and empty it: until then it holds pages as they were before.
+def wipe(database: Database) -> None:
+    """Take what was deleted out of SQLite's files: write the database anew, and empty its log of writes.
 
-    Unavailable where somebody still reads those pages, for as long as SQLite waits.
+    Rows move between pages as tables grow, and older pages keep copies: deleting overwrites the last place only. Takes
+    a time in proportion to the database, in which others wait to write. Unavailable where others keep it from it.
     """
     if database.engine.dialect.name != "sqlite":
         return
     connection = database.engine.raw_connection()
     try:
         cursor = connection.cursor()
+        cursor.execute("VACUUM")
         (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except database.engine.dialect.loaded_dbapi.OperationalError as error:
+        raise Unavailable(f"the database's files may still hold what was erased: {error}", _AGAIN) from error
     finally:
         connection.close()
     if busy:
-        raise Unavailable(
-            "the database's log of writes is in use, and may still hold what was erased", "run the command again"
-        )
+        raise Unavailable("the database's log of writes is in use, and may still hold what was erased", _AGAIN)
 
 
 def _tables_with(connection: sa.Connection, *columns: str) -> list[sa.TableClause]:
@@ -315,15 +321,3 @@ def _leave_meters(connection: sa.Connection, issuer: str, customer_id: str) -> N
         for key_id, text in connection.execute(query).all():
             left = ",".join(one for one in text.split(",") if one != customer_id) or None
             connection.execute(table.update().filter_by(key_id=key_id).values(customers=left))
-
-
-def _rebuild_customers(connection: sa.Connection) -> None:
-    """Write the table anew, and its old pages over with zeros.
-
-    SQLite moves rows between pages as a table grows, without clearing where they stood: deleting a row overwrites the
-    last of its places only.
-    """
-    connection.exec_driver_sql("ALTER TABLE customers RENAME TO customers_before")
-    customers.create(connection)
-    connection.exec_driver_sql("INSERT INTO customers SELECT * FROM customers_before")
-    connection.exec_driver_sql("DROP TABLE customers_before")

@@ -32,7 +32,7 @@ from render_platform.events import Key, merkle_root
 from render_platform.evidence import Evidence, Progress, Verification
 from render_platform.hours import Hours, entries_of_hour, mark_dirty, mark_reported, mark_unchanged
 from render_platform.keyring import Keyring, Pinned, open_signers, settle_key_files
-from render_platform.note import Checkpoint, Signer, load_or_create_key
+from render_platform.note import Checkpoint, Signer, Verifier, load_or_create_key
 from render_platform.outbox import Outbox
 from render_platform.reconciliation import (
     HourReport,
@@ -211,13 +211,16 @@ class Platform:
         )
 
     def evidence(self) -> Evidence:
-        """What auditors verify, with this state's own keys, and the checkpoints that its database remembers."""
+        """What auditors verify, with every key that the log names, and the checkpoints that its database remembers."""
+        keys, recovery = RoleKeys(self.settings, self.database, self.cas).keyring, self.settings.recovery_key
         return Evidence(
             log=self.log_objects,
             blobs=self.blobs,
-            log_keys=[self.log_signer.verifier],
-            attestation_keys=[self.attestation_signer.verifier],
+            log_keys=[span.key for span in keys.spans.get("checkpoint", ())] or [self.log_signer.verifier],
+            attestation_keys=[span.key for span in keys.spans.get("attestation", ())]
+            or [self.attestation_signer.verifier],
             history=self.history(),
+            recovery_key=Verifier.parse(recovery) if recovery else None,
         )
 
     def stored_unlogged(self) -> list[dict[str, Any]]:
@@ -330,7 +333,7 @@ def open_platform(
         )
     platform = Platform(settings, clock or SystemClock(), ids or SystemIds(), duckdb_connect)
     try:
-        if create:
+        if create or settings.objects_url:  # another bucket may have been configured since
             check_stores(settings, platform.ids)
         yield platform
     finally:

@@ -8,6 +8,7 @@ every byte; `receipt_verifier` believes nothing that does not hash to what the c
 from __future__ import annotations
 
 import base64
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,15 @@ from render_platform.errors import Finding, Missing, Unavailable, UsageError
 from render_platform.events import canonical_rows, event_ids
 from render_platform.note import Checkpoint
 from render_platform.objects import ObjectStore
-from render_platform.outbox import Opening, forget_customer, opening_of, ref_to_erase, truncate_wal
+from render_platform.outbox import (
+    KEYS_REMEMBERED_S,
+    Opening,
+    forget_customer,
+    opening_of,
+    ref_to_erase,
+    wipe,
+    withdraw_keys,
+)
 
 HEADER = "c2sp.org/tlog-proof@v1"
 VERSION = 1
@@ -208,10 +217,17 @@ class Erasure:
     `append` and `publish` are those of the audit log.
     """
 
-    def __init__(self, database: Database, append: Append, publish: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        append: Append,
+        publish: Callable[[], object],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._database = database
         self._append = append
         self._publish = publish
+        self._sleep = sleep
 
     def erase(self, issuer: str, customer_id: str) -> Erased:
         """Delete the customer's salt, mapping, API keys and settings, and log an `erasure` entry, in one transaction.
@@ -223,6 +239,10 @@ class Erasure:
         """
         with self._database.read() as connection:
             ref = ref_to_erase(connection, issuer, customer_id)
+        with self._database.write() as connection:
+            withdrawn = withdraw_keys(connection, issuer, customer_id)
+        if withdrawn:
+            self._sleep(KEYS_REMEMBERED_S + 1)  # gateways may still take them: what they accept is of this identity
 
         def forget(connection: sa.Connection, _index: int) -> None:
             ref_to_erase(connection, issuer, customer_id)  # a job may have come meanwhile: this transaction decides
@@ -237,7 +257,7 @@ class Erasure:
         with self._database.write() as connection:
             forget_customer(connection, issuer, customer_id, ref)
         self._publish()
-        truncate_wal(self._database)
+        wipe(self._database)
         return Erased(ref, index)
 
 

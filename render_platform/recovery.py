@@ -44,9 +44,9 @@ from render_platform.fast_path import CHUNK_ROWS, batch_token
 from render_platform.hours import mark_dirty, mark_reported
 from render_platform.note import Checkpoint, Verifier, read_checkpoint
 from render_platform.objects import ObjectStore
-from render_platform.outbox import LIVE, forget_erased, rows_of_batch, truncate_wal
+from render_platform.outbox import LIVE, forget_erased, rows_of_batch, wipe
 
-_ROWS = 2_000
+_ROWS, LOST_EPOCHS = 2_000, 100  # starts of a gateway after the backup, of which no entry speaks: at most so many
 _VERIFY = "run `render-platform verify`; restore what is wrong from a copy"
 _UNLOGGED = batches.c.state.in_(sql.UNPUBLISHED[:-1])
 _ENDS = ("state", "attempt", "error_code", "finished_us")
@@ -159,7 +159,7 @@ class Recovery:
             except sa.exc.IntegrityError as error:
                 raise Finding(f"entry {index} bills or names what stands in the log already", _VERIFY) from error
             done.entries[entry.type] += 1
-        truncate_wal(self._database)  # what `forget_erased` took away is in SQLite's log of writes until then
+        wipe(self._database)  # what `forget_erased` took away is in SQLite's log of writes until then
         return done
 
     def _begin(self, progress: Progress) -> tuple[PublishedLog, Recovered]:
@@ -302,17 +302,17 @@ def _finish(connection: sa.Connection, log: PublishedLog, done: Recovered) -> No
 
 
 def _put_acceptances(connection: sa.Connection, said: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
-    """Jobs are counted on from what the log says; no gateway begins an epoch again that the log knows."""
-    table = sql.acceptances
-    unsaid = {"sealed": 0, "through": None, "open": 0, "oldest": 1}
-    connection.execute(table.update().where(table.c.state != "uncounted").values(state="counting", **unsaid))
+    """Jobs are counted on from what the log says; no gateway begins an epoch again that the log may know."""
+    table, unsaid = sql.acceptances, {"state": "counting", "sealed": 0, "through": None, "open": 0, "oldest": 1}
+    connection.execute(table.update().where(table.c.state != "uncounted").values(**unsaid))
     for (gateway_id, epoch), one in said.items():
         of = {"gateway_id": gateway_id, "epoch": epoch}
         connection.execute(table.delete().filter_by(**of))
         values = {"state": "counting", "sealed": one["through"] - one["open"], "through": one["through"]}
         connection.execute(table.insert().values(**of, **values, open=one["open"], oldest=one["oldest"]))
-        older = sql.gateways.c.gateway_id == gateway_id, sql.gateways.c.epoch < epoch
-        connection.execute(sql.gateways.update().where(*older).values(epoch=epoch))
+    for gateway_id, epoch in {one: max(epoch for of, epoch in said if of == one) for one, _ in said}.items():
+        newest = sa.case((sql.gateways.c.epoch < epoch, epoch), else_=sql.gateways.c.epoch) + LOST_EPOCHS
+        connection.execute(sql.gateways.update().filter_by(gateway_id=gateway_id).values(epoch=newest))
 
 
 @dataclass(frozen=True)

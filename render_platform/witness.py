@@ -289,8 +289,8 @@ def parse_members(text: str) -> list[Member]:
     members = []
     for one in filter(None, map(str.strip, text.split(","))):
         url, _, vkey = one.partition(" ")
-        if not re.fullmatch(r"https?://[^\s@]+", url):
-            raise UsageError(f"{url} is not a witness's URL", "give each witness as URL VKEY, separated by commas")
+        if not re.fullmatch(r"(https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/])[^\s@]+", url):
+            raise UsageError(f"{url} is not a witness's URL", "give URL VKEY, …; http only on this machine")
         members.append(Member(f"{url.rstrip('/')}/add-checkpoint", WitnessKey.parse(vkey.strip())))
     if len({member.key for member in members}) < len(members):
         raise UsageError("a witness stands twice", "give each witness once")

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cache
@@ -27,6 +28,7 @@ from render_platform.gateway.catalogue import make_catalogue
 
 CHECKOUT = Path(__file__).parents[1]
 README = CHECKOUT / "README.md"
+EVIDENCE = CHECKOUT / "docs/evidence.md"
 FORMATS = CHECKOUT / "docs/formats.md"
 PAGES = sorted([*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md")])
 MODULES = frozenset(path.stem for path in (CHECKOUT / "render_platform").glob("[a-z]*.py"))
@@ -144,7 +146,7 @@ def require_test(name: str) -> None:
     assert not function or function in functions(CHECKOUT / path), f"{name} does not exist"
 
 
-# The README's commands.
+# The commands of the pages.
 
 
 def command_of(line: str) -> str:
@@ -160,10 +162,10 @@ def command_of(line: str) -> str:
     return recipe[1].strip().replace("$(BIN)/", "").replace("$(STATE)", "state")
 
 
-def script() -> Iterator[str]:
-    for block in blocks(README):
+def script(page: Path) -> Iterator[str]:
+    for block in blocks(page):
         if block.language == "sh":
-            yield f": README.md line {block.line}"
+            yield f": {page.name} line {block.line}"
             yield from map(command_of, block.lines)
 
 
@@ -171,23 +173,23 @@ def masked(text: str) -> str:
     return re.sub(r"[0-9a-f-]{8,}", "X", text)
 
 
-def promised() -> Iterator[tuple[int, str]]:
-    """Each line that the README says is printed, up to its ellipsis."""
-    for block in blocks(README):
+def promised(page: Path) -> Iterator[tuple[int, str]]:
+    """Each line that the page says is printed, up to its last ellipsis: a range of hours has one inside."""
+    for block in blocks(page):
         if block.language == "text":
             for number, line in enumerate(block.lines, block.line + 1):
-                yield number, line.partition("…")[0]
+                yield number, line.rpartition("…")[0] or line
 
 
-@pytest.mark.timeout(180)
-def test_the_commands_of_the_readme_print_what_it_says(tmp_path: Path) -> None:
+def run_page(page: Path, tmp_path: Path) -> str:
+    """Run a page's commands, one after another, in a new folder; what they print, which is what the page says."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RENDER_PLATFORM_")}
     environment |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RENDER_PLATFORM_STATE_DIR": str(tmp_path / "state"),
     }
     done = subprocess.run(
-        ["bash", "-euxc", "\n".join(script())],
+        ["bash", "-euxc", "\n".join(script(page))],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -197,14 +199,23 @@ def test_the_commands_of_the_readme_print_what_it_says(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     printed = masked(done.stdout)
-    for number, line in promised():
-        assert masked(line) in printed, f"README.md:{number}: not printed: {line}\n{done.stdout}"
+    for number, line in promised(page):
+        assert masked(line) in printed, f"{page.name}:{number}: not printed: {line}\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.mark.timeout(180)
+def test_the_commands_of_the_page_on_evidence_print_what_it_says(tmp_path: Path) -> None:
+    run_page(EVIDENCE, tmp_path)
+
+
+@pytest.mark.timeout(180)
+def test_the_commands_of_the_readme_print_what_it_says(tmp_path: Path) -> None:
+    printed = run_page(README, tmp_path)
     entries, named = ((tmp_path / name).read_text().split() for name in ("entries", "named"))
     assert len(entries) == len(set(named)) > 2
     assert set(named) - set(entries) == {"0" * 64}
-    assert re.search(r"^[0-9a-f]{64}\s+[0-9a-f]{64}$", done.stdout, re.MULTILINE) is None, (
-        "an altered object was listed"
-    )
+    assert re.search(r"^[0-9a-f]{64}\s+[0-9a-f]{64}$", printed, re.MULTILINE) is None, "an altered object was listed"
 
 
 def test_the_readme_is_short() -> None:
@@ -260,6 +271,18 @@ def test_all_ten_invariants_stand_with_a_test() -> None:
     assert [row[0] for row in rows] == [str(number) for number in range(1, 11)]
     for row in rows:
         assert "`tests/" in row[3] or "Not yet" in row[3], row[0]
+
+
+def test_the_layers_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    checked = [
+        {module.strip() for module in layer.split("|")}
+        for contract in contracts
+        if contract["type"] == "layers"
+        for layer in contract["layers"]
+    ]
+    rows = table(CHECKOUT / "ARCHITECTURE.md", "layer", "modules")
+    assert [set(re.findall(r"`(\w+)`", layer)) for row in rows for layer in row[1].split(";")] == checked
 
 
 def test_every_decision_is_listed_and_short() -> None:

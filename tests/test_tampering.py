@@ -385,6 +385,12 @@ def test_a_log_signed_again_with_a_key_stolen_before_its_rotation_is_found_by_a_
         assert cosigned.status == 200, cosigned.body
         refused = witness.add_checkpoint(submission(size, [], note))
         assert (refused.status, refused.body) == (409, f"two roots of size {size}: the log has forked\n")
-        assert witness.add_checkpoint(submission(size, log.proof, log.after)).status == 200
+        extended = witness.add_checkpoint(submission(size, log.proof, log.after))
+        assert extended.status == 200
         twice = log.before + cosigned.body * 2
         assert [len(cosignatures_of(text, [witness.key])) for text in (twice, note)] == [1, 0]
+    (true.log / "checkpoint").write_text(log.after + extended.body)
+    asked = (*forged.pins, "--witness", witness.key.vkey)
+    found = [run_inside("verify", "--state", one.state, *asked) for one in (true, forged)]
+    assert [one.code for one in found] == [0, 1]
+    assert "problem: log/checkpoint: 0 of 1 pinned witnesses have cosigned it" in found[1].stdout

@@ -195,7 +195,7 @@ def test_many_that_stand_twice_are_counted_and_some_listed(made: HandMade) -> No
 
 
 def test_ids_that_do_not_fit_into_memory_are_found_all_the_same() -> None:
-    """A million ids in 32 MB: DuckDB has to put some of them into files."""
+    """Two million ids in 32 MB: DuckDB has to put some of them into files."""
     ids = EventIds()
     ids._rows.execute("SET memory_limit = '32MB'")
     rng = np.random.default_rng(1)
@@ -203,10 +203,11 @@ def test_ids_that_do_not_fit_into_memory_are_found_all_the_same() -> None:
     for batch in range(20):
         data = (first if batch in (0, 19) else rng.bytes(16)) + rng.bytes(16 * 49_999)
         plain = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), 50_000, [None, pa.py_buffer(data)])
-        ids.add(pa.table({"event_id": pa.ExtensionArray.from_storage(pa.uuid(), plain)}), batch)
-    found = list(ids.twice())
+        column = pa.ExtensionArray.from_storage(pa.uuid(), plain)
+        ids.add(pa.table({"event_id": column, "job_id": column}), batch)
+    found, jobs = list(ids.twice("event_id")), list(ids.twice("job_id"))
     ids.close()
-    assert found == [(uuid.UUID(bytes=first), [0, 19])]
+    assert (found, jobs) == ([(uuid.UUID(bytes=first), [0, 19])], [])
 
 
 # The asset: days of a range in one run.

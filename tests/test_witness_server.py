@@ -199,11 +199,18 @@ def test_members_as_a_setting_names_them() -> None:
         "http://127.0.0.1:9/add-checkpoint",
         "https://w.example/prefix/add-checkpoint",
     ]
-    for wrong in ("x", "http://a", f"ftp://a {KEY.vkey}", f"http://u:p@a {KEY.vkey}", f"http://a {KEY.vkey}," * 2):
+    for wrong in (
+        "x",
+        "https://a",
+        f"http://a.example {KEY.vkey}",
+        f"ftp://a {KEY.vkey}",
+        f"http://u:p@a {KEY.vkey}",
+        f"https://a {KEY.vkey}," * 2,
+    ):
         with pytest.raises(UsageError):
             parse_members(wrong)
     with pytest.raises(UsageError, match="not an Ed25519 witness key"):
-        parse_members(f"http://a {WITNESS.verifier.vkey}")
+        parse_members(f"https://a {WITNESS.verifier.vkey}")
     for quorum, policy in ((2, "hold"), (-1, "hold"), (1, "maybe")):
         with pytest.raises(UsageError, match="quorum or policy"):
-            Witnesses(parse_members(f"http://a {KEY.vkey}"), quorum, policy, 1, SystemClock())
+            Witnesses(parse_members(f"https://a {KEY.vkey}"), quorum, policy, 1, SystemClock())

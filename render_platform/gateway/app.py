@@ -115,6 +115,8 @@ class _Protocol(HttpToolsProtocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
         if self._late is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
@@ -128,7 +130,17 @@ class _Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._wait_no_more()
+        if self.parser.should_upgrade() and self._has_body():
+            # Its body would be taken for the other protocol's, and what follows for a request of its own.
+            self.send_400_response("An upgrade has no body.")
+            return
         super().on_headers_complete()
+
+    def _has_body(self) -> bool:
+        return any(
+            name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0") != b"")
+            for name, value in self.headers
+        )
 
     def on_message_complete(self) -> None:
         self.scope["state"][edge.CAME_WHOLE] = True
@@ -185,6 +197,7 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
         host=settings.gateway_host,
         port=settings.gateway_port,
         http=_Protocol,
+        ws="none",
         loop="none",
         lifespan="on",
         log_config=None,

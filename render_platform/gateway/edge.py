@@ -41,6 +41,8 @@ from render_platform.gateway.service import Gateway
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 MAX_URL_BYTES = 8 * 1024
+MAX_READING_BYTES = 512 * 1024 * 1024
+"""What bodies may hold of memory together, by their declared lengths, while they are on their way."""
 BODY_S = 120.0
 """How long a client may take to send its body."""
 BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
@@ -162,21 +164,35 @@ class JsonRequest(AnyRequest):
         return self._whole
 
     async def _read(self) -> bytes:
-        most = gateway_of(self).settings.max_body_bytes
-        if int(header(self.scope, b"content-length") or 0) > most:
+        gateway = gateway_of(self)
+        most = gateway.settings.max_body_bytes
+        declared = int(header(self.scope, b"content-length") or most)
+        if declared > most:
             raise RequestEntityTooLarge
-        whole = b""
+        if self.scope["state"].get(CAME_WHOLE):  # as nearly all are: nothing waits, and nothing is held for long
+            return await self._receive_all(most)
+        if gateway.reading_bytes + declared > MAX_READING_BYTES:
+            raise Refused(503, "too_many_bodies", "Too many bodies are on their way", "try again in a few seconds")
+        gateway.reading_bytes += declared
         try:
-            async with asyncio.timeout(None if self.scope["state"].get(CAME_WHOLE) else BODY_S):
-                while (message := await self.receive())["type"] == "http.request":
-                    whole += message["body"]
-                    if len(whole) > most:
-                        raise RequestEntityTooLarge
-                    if not message.get("more_body"):
-                        return whole
+            async with asyncio.timeout(BODY_S):
+                return await self._receive_all(most)
         except TimeoutError:
             self.scope["state"]["extra"]["connection"] = "close"  # what it still sends is nobody's
             raise Refused(408, "body_too_slow", "The body did not come in time", "send it faster") from None
+        finally:
+            gateway.reading_bytes -= declared
+
+    async def _receive_all(self, most: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        while (message := await self.receive())["type"] == "http.request":
+            parts.append(message["body"])
+            size += len(message["body"])
+            if size > most:
+                raise RequestEntityTooLarge
+            if not message.get("more_body"):
+                return b"".join(parts)
         # The client went away in the middle of it: no failure of ours.
         raise Refused(400, "body_cut_off", "The body is not whole", "send all of it")
 

@@ -29,13 +29,14 @@ from render_platform.gateway.tokens import Issuer as Issuer
 from render_platform.gateway.tokens import Tokens as Tokens
 from render_platform.gateway.tokens import Unauthorized as Unauthorized
 from render_platform.gateway.tokens import is_customer_id
+from render_platform.outbox import KEYS_REMEMBERED_S
 
 ROLES = frozenset({"customer", "meter", "auditor", "operator"})
 PRIORITIES = ("low", "normal", "high")
 API_KEY_ISSUER = "key"
 RESERVED_SOURCES = ("gateway/", "trace/")
 ANY = "*"
-REMEMBER_US = 5 * US_PER_SECOND
+REMEMBER_US = KEYS_REMEMBERED_S * US_PER_SECOND
 REMEMBERED = 10_000
 
 _KEY = re.compile(r"rp_([0-9a-f]{16})_[A-Za-z0-9_-]{43}", re.ASCII)

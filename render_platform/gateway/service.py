@@ -22,7 +22,7 @@ from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import US_PER_SECOND, Clock, Ids, SystemClock, SystemIds, uuid7
 from render_platform.config import Settings
 from render_platform.database import gateways, job_outputs, open_sqlite
-from render_platform.errors import PlatformError, Unavailable, UsageError
+from render_platform.errors import Missing, PlatformError, SequencerStopped, Unavailable, UsageError
 from render_platform.events import UsageEvent
 from render_platform.gateway.acceptance import acceptance_of
 from render_platform.gateway.archive import LEASE_US, Archive, Recovered
@@ -45,6 +45,7 @@ from render_platform.gateway.tokens import Issuer, Tokens
 from render_platform.gateway.triton import TritonBackend
 from render_platform.gateway.webhooks import Deliveries
 from render_platform.gateway.writer import Writer
+from render_platform.note import claimed_checkpoint
 from render_platform.outbox import Outbox
 from render_platform.pipeline import RoleKeys
 from render_platform.receipts import Receipts
@@ -93,6 +94,7 @@ class Gateway:
         self.fleet = _fleet(self.catalogue, self.meter, kinds or KINDS)
         self.gateway_id, self.epoch, self._dropped_before = self.archive.begin_epoch()
         keys = RoleKeys(settings, self.database, self.cas)
+        self._log_size = keys.log_size
         name = f"render-platform.local/{self.gateway_id}"
         self.signer = keys.signers("gateway", settings.gateway_signer, name, old=False)[0]
         self.store = JobStore(
@@ -122,6 +124,7 @@ class Gateway:
             on_end=self._ended,
         )
         self._background: list[asyncio.Task[None]] = []
+        self.reading_bytes = 0
         self.drained = False
         """Nothing runs any more, and nothing will: watchers may go."""
         self.broken: list[str] = []
@@ -129,7 +132,7 @@ class Gateway:
 
     async def start(self) -> None:
         """Open backends, take over what a former epoch left, and begin. UsageError where a backend is misconfigured."""
-        await asyncio.to_thread(check_stores, self.settings, self.ids)
+        await asyncio.to_thread(self._check_evidence)
         self.writer.start()
         for server in self.fleet.servers.values():
             try:
@@ -199,6 +202,20 @@ class Gateway:
             with contextlib.suppress(ValueError):
                 return uuid.UUID(given)
         return uuid7(self.clock.now_us(), self.ids)
+
+    def _check_evidence(self) -> None:
+        """UsageError for a store that cannot keep evidence; SequencerStopped for a database that is behind its log:
+        numbers of acceptances would be given twice."""
+        check_stores(self.settings, self.ids)
+        try:
+            published = claimed_checkpoint(self.log_objects.read("checkpoint")).size
+        except Missing:
+            return
+        if published > self._log_size:
+            raise SequencerStopped(
+                f"the published log has {published} entries, this database {self._log_size}",
+                "the database is an older copy: run `render-platform recover` first",
+            )
 
     def acceptance(self, job: Job) -> str:
         """The job's signed acceptance. Signed with its commit, it is given once; after that it is signed again."""

@@ -247,7 +247,6 @@ def test_what_is_logged_and_not_published_is_not_told(logged: tuple[Platform, Ob
 
 def test_an_index_that_is_behind_the_log_is_not_taken_for_all_of_it(audit: Audit, tmp_path: Path) -> None:
     with running(tmp_path / "state") as at:
-        (tmp_path / "state/log").mkdir()
         (tmp_path / "state/log/checkpoint").write_bytes(audit.auditor.get("/audit/checkpoint").body)
         reply = at.client().get("/v1/objects")
         assert (reply.status, code_of(reply)) == (503, "unavailable")

@@ -204,7 +204,7 @@ class Acceptances:
         window.most += entry.records if entry.type == "usage_batch" else 0
         window.rows, window.unread = window.rows + (rows or 0), window.unread or rows is None
         window.entries += 1
-        if len(entry.acceptances) == MAX_ACCEPTANCES and window.entries <= len(self.epochs) // MAX_ACCEPTANCES:
+        if len(entry.acceptances) == MAX_ACCEPTANCES and window.entries <= len(self.epochs) // MAX_ACCEPTANCES + 1:
             return  # there may be more, in the next entry
         self._window = Window()
         self._counting = self._counting or bool(self.epochs)

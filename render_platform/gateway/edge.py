@@ -205,8 +205,10 @@ class JsonRequest(AnyRequest):
         if (header(self.scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "unsupported_media_type", "The body is not JSON", "send Content-Type: application/json")
         body = await self.body()
+        if not body:
+            raise RecordError("body", "is missing", "send one JSON object")
         try:
-            value = msgspec.json.decode(body or b"null")
+            value = msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
             raise RecordError("body", f"is not JSON in UTF-8: {said}", "send one JSON object") from None

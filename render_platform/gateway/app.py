@@ -143,6 +143,8 @@ class _Protocol(HttpToolsProtocol):
         )
 
     def on_message_complete(self) -> None:
+        if self.transport.is_closing():  # it was refused at its head
+            return
         self.scope["state"][edge.CAME_WHOLE] = True
         super().on_message_complete()
 

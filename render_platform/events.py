@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ _DIMS = re.compile(r"[0-9]{1,6}(x[0-9]{1,6}){0,3}")
 _REF = re.compile(r"[0-9a-f]{64}")
 
 TIME = pa.timestamp("us", "UTC")
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 Key = tuple[int, str, str]
 """What is reconciled: window (five minutes, counted from 1970), customer_ref, model_name."""
@@ -244,49 +246,63 @@ def canonical_rows(table: pa.Table) -> list[bytes]:
     pieces: list[Any] = []
     for index, field in enumerate(EVENT_SCHEMA):
         lead = f'{"{" if index == 0 else ","}"{field.name}":'
-        pieces += [lead, _json_text(field, table.column(index).combine_chunks())]
-    joined = pc.binary_join_element_wise(*pieces, "}", "")
-    return [text.encode() for text in joined.to_pylist()]
+        pieces.append(_json_text(field, table.column(index).combine_chunks(), lead))
+    joined = pc.binary_join_element_wise(*pieces, "}", "").cast(pa.large_binary())
+    _, ends, data = joined.buffers()
+    at = np.frombuffer(ends, np.int64)[joined.offset : joined.offset + len(joined) + 1].tolist()
+    whole = memoryview(data)
+    return [bytes(whole[begin:end]) for begin, end in pairwise(at)]
 
 
-def _json_text(field: pa.Field, column: pa.Array) -> pa.Array:
+def _json_text(field: pa.Field, column: pa.Array, lead: str) -> pa.Array:
+    """`lead` and the value of each row. What repeats is turned to text once a value."""
     if field.type == pa.uuid():
-        return _quoted(_uuid_text(column))
+        return _texts(_uuid_digits(column), f'{lead}"', '"')
     if pa.types.is_fixed_size_binary(field.type):
-        return _quoted(_hex(_fixed_bytes(column, field.type.byte_width)))
-    if pa.types.is_string(field.type):
-        if pc.any(pc.match_substring_regex(column, r'["\\\x00-\x1f]|[^\x00-\x7f]')).as_py():
-            raise Finding(f"{field.name} holds a character that no event can have")
-        return pc.fill_null(_quoted(column), "null")
-    return pc.fill_null(column.cast(pa.int64()).cast(pa.string()), "null")
+        return _texts(_hex_digits(_fixed_bytes(column, field.type.byte_width)), f'{lead}"', '"')
+    if not pa.types.is_string(field.type):
+        text = pc.fill_null(column.cast(pa.int64()).cast(pa.string()), "null")
+        return pc.binary_join_element_wise(lead, text, "")
+    known = column.dictionary_encode()
+    if pc.any(pc.match_substring_regex(known.dictionary, r'["\\\x00-\x1f]|[^\x00-\x7f]')).as_py():
+        raise Finding(f"{field.name} holds a character that no event can have")
+    texts = pc.binary_join_element_wise(f'{lead}"', known.dictionary, '"', "")
+    return pc.fill_null(texts.take(known.indices), f"{lead}null")
 
 
-def _quoted(column: pa.Array) -> pa.Array:
-    return pc.binary_join_element_wise('"', column, '"', "")
-
-
-def _fixed_bytes(column: pa.Array, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _fixed_bytes(column: pa.Array, width: int) -> _Bytes:
     data = np.frombuffer(column.buffers()[1], np.uint8)
     return data[column.offset * width :][: len(column) * width].reshape(len(column), width)
 
 
-def _hex(data: np.ndarray[Any, np.dtype[np.uint8]]) -> pa.Array:
+def _hex_digits(data: _Bytes) -> _Bytes:
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)
     text = np.empty((data.shape[0], data.shape[1] * 2), np.uint8)
     text[:, 0::2], text[:, 1::2] = digits[data >> 4], digits[data & 15]
-    return pa.array(text.view(f"S{text.shape[1]}").ravel().tolist(), pa.binary()).cast(pa.string())
+    return text
+
+
+def _uuid_digits(column: pa.ExtensionArray) -> _Bytes:
+    """The usual text of UUIDs, 36 characters a row."""
+    digits = _hex_digits(_fixed_bytes(column.storage, 16))
+    return np.insert(digits, (8, 12, 16, 20), ord("-"), axis=1)
+
+
+def _texts(characters: _Bytes, before: str = "", after: str = "") -> pa.Array:
+    """Rows of as many ASCII characters each as strings, each between `before` and `after`."""
+    rows = len(characters)
+    ends = [np.broadcast_to(np.frombuffer(end.encode(), np.uint8), (rows, len(end))) for end in (before, after)]
+    data = np.ascontiguousarray(np.hstack([ends[0], characters, ends[1]]))
+    offsets = np.arange(rows + 1, dtype=np.int32) * np.int32(data.shape[1])
+    return pa.Array.from_buffers(pa.string(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def uuid_texts(table: pa.Table, name: str) -> list[str]:
     """A column of UUIDs in their usual text form."""
-    texts: list[str] = _uuid_text(table.column(name).combine_chunks()).to_pylist() if table.num_rows else []
+    if not table.num_rows:
+        return []
+    texts: list[str] = _texts(_uuid_digits(table.column(name).combine_chunks())).to_pylist()
     return texts
-
-
-def _uuid_text(column: pa.ExtensionArray) -> pa.Array:
-    text = _hex(_fixed_bytes(column.storage, 16))
-    parts = [pc.utf8_slice_codeunits(text, a, b) for a, b in ((0, 8), (8, 12), (12, 16), (16, 20), (20, 32))]
-    return pc.binary_join_element_wise(*parts, "-")
 
 
 def require_schema(schema: pa.Schema) -> None:

@@ -44,9 +44,8 @@ from benchmarks.audit_subjects import (
     write_in_turns,
     write_through_the_outbox,
 )
-from benchmarks.machine import CHECKOUT, TOOL_S, describe_machine
-from benchmarks.processes import run_tool
-from render_platform import __version__
+from benchmarks.machine import CHECKOUT, describe_machine, own_version
+from benchmarks.report import replace_section
 from render_platform.clock import US_PER_SECOND, SystemClock, iso
 from render_platform.errors import Finding, PlatformError
 
@@ -118,11 +117,7 @@ def measure_trees(work: Path, cache: Path, plan: Plan, rng: random.Random) -> li
 
 
 def collect_versions() -> dict[str, str]:
-    try:
-        commit = run_tool(["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"], TOOL_S).strip()
-    except PlatformError:  # not a git checkout
-        commit = "no checkout"
-    own = {"render-platform": f"{__version__} ({commit})", "Python": platform.python_version()}
+    own = {"render-platform": own_version(), "Python": platform.python_version()}
     return {**own, **{name: version(name) for name in PACKAGES}, "pymerkle": PYMERKLE[0].partition("==")[2]}
 
 
@@ -149,15 +144,6 @@ def render(report: Report) -> str:
     versions = [", ".join(f"{name} {value}" for name, value in report.versions.items())]
     blocks = [said, _table(table), *map(_bullets, ("Ratios", "Machine", "Versions"), (ratios, machine, versions))]
     return "\n\n".join(blocks)
-
-
-def replace_section(text: str, section: str) -> str:
-    """`text` with what stands between the markers replaced; with markers and section appended where there are none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        before, after = text.rstrip("\n") + "\n\n", "\n"
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -233,7 +219,7 @@ def main(
     section = render(report)
     click.echo(msgspec.json.encode(report).decode() if as_json else section)
     if write:
-        DOCUMENT.write_text(replace_section(DOCUMENT.read_text() if DOCUMENT.exists() else "", section))
+        DOCUMENT.write_text(replace_section(DOCUMENT.read_text() if DOCUMENT.exists() else "", section, BEGIN, END))
         _say(f"written to {DOCUMENT}")
     sys.exit(1 if any(row.failure for row in report.rows) else 0)
 

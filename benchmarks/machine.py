@@ -35,7 +35,7 @@ def describe_machine(state: Path) -> dict[str, str]:
 def collect_versions(peers: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Of this checkout, Python, the load generator, the packages that serve, and the peers given."""
     return {
-        "render-platform": _own_version(),
+        "render-platform": own_version(),
         "Python": platform.python_version(),
         "wrk": wrk_version(),
         **({"Node.js": run_tool(["node", "--version"], TOOL_S).strip()} if shutil.which("node") else {}),
@@ -53,7 +53,8 @@ def wrk_version() -> str:
     return found[1]
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """The project's version, with its commit where this is a checkout."""
     try:
         commit = run_tool(["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"], TOOL_S).strip()
     except Unavailable:  # not a git checkout

@@ -33,9 +33,9 @@ import aiohttp
 import click
 import msgspec
 
-from benchmarks.machine import CHECKOUT, TOOL_S, describe_machine
+from benchmarks.machine import CHECKOUT, TOOL_S, describe_machine, own_version
 from benchmarks.processes import Server, clean_environment, free_port, run_tool, running
-from render_platform import __version__
+from benchmarks.report import replace_section
 from render_platform.clock import US_PER_SECOND, SystemClock, iso
 from render_platform.errors import Finding, PlatformError, Unavailable
 from render_platform.receipt_verifier import InvalidReceipt, verify_receipt
@@ -322,21 +322,8 @@ def _bullets(title: str, lines: Sequence[str]) -> str:
     return "\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]) if lines else ""
 
 
-def replace_section(text: str, section: str) -> str:
-    """`text` with what stands between the markers replaced; with markers and section appended where there are none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        before, after = text.rstrip("\n") + "\n\n", "\n"
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
-
-
 def collect_versions() -> dict[str, str]:
-    try:
-        commit = run_tool(["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"], TOOL_S).strip()
-    except PlatformError:  # not a git checkout
-        commit = "no checkout"
-    own = {"render-platform": f"{__version__} ({commit})", "Python": platform.python_version()}
+    own = {"render-platform": own_version(), "Python": platform.python_version()}
     return {**own, **{name: version(name) for name in PACKAGES}}
 
 
@@ -369,7 +356,7 @@ def main(rate: int, seconds: int, one_in: int, cache: Path, as_json: bool, write
     section = render(report)
     click.echo(msgspec.json.encode(report).decode() if as_json else section)
     if write:
-        DOCUMENT.write_text(replace_section(DOCUMENT.read_text() if DOCUMENT.exists() else "", section))
+        DOCUMENT.write_text(replace_section(DOCUMENT.read_text() if DOCUMENT.exists() else "", section, BEGIN, END))
         _say(f"written to {DOCUMENT}")
     sys.exit(1 if findings(report) else 0)
 

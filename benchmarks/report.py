@@ -107,13 +107,13 @@ def render(report: Report) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def replace_section(text: str, section: str) -> str:
+def replace_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the markers replaced; with markers and section appended where there are none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
+    before, begins, rest = text.partition(begin)
+    _, ends, after = rest.partition(end)
+    if not (begins and ends):
         before, after = (text.rstrip("\n") + "\n\n" if text.strip() else ""), "\n"
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def _row(result: Result) -> tuple[str, ...]:

@@ -30,8 +30,8 @@ from benchmarks.receipts import (
     prove,
     read_flushes,
     render,
-    replace_section,
 )
+from benchmarks.report import replace_section
 from tests.made_receipts import LOG, make
 
 KEYS = {LOAD: "rp_load", WATCHED: "rp_watched"}
@@ -190,6 +190,6 @@ def test_only_flushes_that_succeeded_are_timed() -> None:
 
 
 def test_a_section_is_replaced_where_it_stands_and_appended_where_it_is_not() -> None:
-    first = replace_section("# Benchmarks\n", "old")
+    first = replace_section("# Benchmarks\n", "old", BEGIN, END)
     assert first == f"# Benchmarks\n\n{BEGIN}\nold\n{END}\n"
-    assert replace_section(first + "\nafter\n", "new") == f"# Benchmarks\n\n{BEGIN}\nnew\n{END}\n\nafter\n"
+    assert replace_section(first + "\nafter\n", "new", BEGIN, END) == f"# Benchmarks\n\n{BEGIN}\nnew\n{END}\n\nafter\n"

@@ -32,7 +32,7 @@ def trace(request: pytest.FixtureRequest) -> Trace:
         return generated_trace()
     path = REAL / f"AzureLLMInferenceTrace_{request.param}.csv"
     if not path.exists():
-        pytest.skip(f"real trace missing: {path}")
+        pytest.skip(f"REAL TRACE NOT TESTED: {path} is missing")
     return read_trace(path)
 
 

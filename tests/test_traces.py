@@ -32,7 +32,7 @@ def read(folder: Path, content: bytes, name: str = "trace") -> Trace:
 def real(name: str) -> Path:
     path = REAL / name
     if not path.exists():
-        pytest.skip(f"real trace missing: {path}")
+        pytest.skip(f"REAL TRACE NOT TESTED: {path} is missing")
     return path
 
 

@@ -47,14 +47,16 @@ KILLS = 10
 def _postgres_programs() -> Path:
     found = sorted(DEBIAN.glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     if not found:
-        pytest.skip(f"PostgreSQL is not installed: no initdb under {DEBIAN} (apt-get install postgresql)")
+        pytest.skip(f"POSTGRESQL NOT TESTED: no initdb under {DEBIAN} (apt-get install postgresql)")
     return found[-1].parent
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     """The DSN of a server of this module's own, without a database yet; durable as in production: fsync is on."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'psycopg[binary]'")
+    pytest.importorskip(
+        "psycopg", reason="POSTGRESQL NOT TESTED: psycopg is not installed: pip install 'psycopg[binary]'"
+    )
     programs = _postgres_programs()
     folder = Path(tempfile.mkdtemp(prefix="render-platform-pg-"))
     folder.chmod(0o755)
@@ -280,7 +282,9 @@ def test_a_read_on_postgresql_is_a_snapshot_that_blocks_nobody(dsn: str) -> None
     ],
 )
 def test_a_postgresql_that_cannot_be_opened_is_said_without_its_password(text: str, expected: type[Exception]) -> None:
-    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'psycopg[binary]'")
+    pytest.importorskip(
+        "psycopg", reason="POSTGRESQL NOT TESTED: psycopg is not installed: pip install 'psycopg[binary]'"
+    )
     with pytest.raises(expected) as raised:
         open_postgres(text)
     assert "secret" not in str(raised.value)

@@ -204,12 +204,12 @@ atexit.register(_started.close)
 def started(start: Callable[[Path], contextlib.AbstractContextManager[S]]) -> S:
     """A server that runs until this process ends; its test is skipped where there is none."""
     if os.environ.get("RENDER_TEST_SERVERS") == "no":
-        pytest.skip("RENDER_TEST_SERVERS=no")
+        pytest.skip("REAL SERVER NOT RUN: RENDER_TEST_SERVERS=no")
     folder = Path(_started.enter_context(tempfile.TemporaryDirectory(prefix="render-platform-server-")))
     try:
         return _started.enter_context(start(folder))
     except CannotInstall as error:
-        pytest.skip(f"the server cannot be installed here: {error}")
+        pytest.skip(f"REAL SERVER NOT RUN: it cannot be installed here: {error}")
 
 
 @functools.cache

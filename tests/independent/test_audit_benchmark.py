@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import audit
-from benchmarks.audit import AIMS, BEGIN, END, PARTS, Report, measure_trees, ratio, render, replace_section
+from benchmarks.audit import AIMS, BEGIN, END, PARTS, Report, measure_trees, ratio, render
 from benchmarks.audit_subjects import (
     PYMERKLE,
     Plan,
@@ -23,6 +23,7 @@ from benchmarks.audit_subjects import (
     read_verifying,
     write_in_turns,
 )
+from benchmarks.report import replace_section
 from render_platform.errors import Finding
 from render_platform.verification import verify
 from tests.independent.tools import CACHE
@@ -59,9 +60,9 @@ def test_the_table_lines_up_and_says_each_aim(report: Report) -> None:
 
 
 def test_only_what_stands_between_the_markers_is_replaced() -> None:
-    text = replace_section("# Figures\n", "one")
+    text = replace_section("# Figures\n", "one", BEGIN, END)
     assert text == f"# Figures\n\n{BEGIN}\none\n{END}\n"
-    assert replace_section(text + "after\n", "two") == f"# Figures\n\n{BEGIN}\ntwo\n{END}\nafter\n"
+    assert replace_section(text + "after\n", "two", BEGIN, END) == f"# Figures\n\n{BEGIN}\ntwo\n{END}\nafter\n"
 
 
 def test_the_events_are_valid_and_add_up(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sealing: unsealed rows become batches of one lane and one hour, and closed hours get their watermark.
+"""Sealing: unsealed rows become batches of one lane and one hour, closed hours get their watermark, batches are stored.
 
     filling ──▶ closed ──▶ sealed ──▶ stored ──▶ logged ──▶ published
 
@@ -16,6 +16,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from render_platform import __version__
+from render_platform import batches as batch_bytes
+from render_platform.cas import Cas
 from render_platform.clock import HOUR_US, Clock, hour_of, iso
 from render_platform.database import (
     Database,
@@ -28,7 +31,9 @@ from render_platform.database import (
     usage_events,
 )
 from render_platform.entries import MAX_ACCEPTANCES
+from render_platform.errors import Finding
 from render_platform.events import merkle_root
+from render_platform.note import Signer
 from render_platform.outbox import LIVE, rows_of_batch
 
 UNSEALED = usage_events.c.batch_id.is_(None)
@@ -302,3 +307,45 @@ def _standing(connection: sa.Connection, known: Any, waiting: _Waiting) -> tuple
         return through, 0, through + 1
     count, lowest = waiting.get((known.gateway_id, known.epoch), (0, 0))
     return through, still_open, lowest if count == still_open else known.oldest
+
+
+class Delivery:
+    """Sealed batches into the CAS: sealed → stored."""
+
+    def __init__(self, database: Database, cas: Cas, signer: Signer) -> None:
+        self._database = database
+        self._cas = cas
+        self._signer = signer
+
+    def store_sealed(self) -> list[str]:
+        """Store every sealed batch and its attestation; gives the batch ids. Watermarks have nothing to store."""
+        with self._database.read() as connection:
+            waiting = connection.execute(
+                sa.select(batches).filter_by(state="sealed", type="usage_batch").order_by(batches.c.ordinal)
+            ).all()
+        for batch in waiting:
+            self._store(batch)
+        return [batch.batch_id for batch in waiting]
+
+    def _store(self, batch: Any) -> None:
+        with self._database.read() as connection:
+            table = rows_of_batch(connection, batch.batch_id)
+        if merkle_root(table).hex() != batch.merkle_root or table.num_rows != batch.records:
+            raise Finding(f"the rows of batch {batch.batch_id} are not those that were sealed", "restore the database")
+        data = batch_bytes.encode(table)
+        # A crash from here to the commit leaves objects that nothing names; the next call makes the same ones.
+        digest = self._cas.put(data)
+        envelope = batch_bytes.attest(batch.batch_id, digest, table, self._signer, f"render-platform/{__version__}")
+        attestation_digest = self._cas.put(envelope)
+        # After this commit the digest is fixed: the batch is never encoded again.
+        with self._database.write() as connection:
+            connection.execute(
+                batches.update()
+                .where(batches.c.ordinal == batch.ordinal, batches.c.state == "sealed")
+                .values(
+                    state="stored",
+                    blob_digest=digest,
+                    blob_size=len(data),
+                    attestation_digest=attestation_digest,
+                )
+            )

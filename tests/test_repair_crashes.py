@@ -11,7 +11,8 @@ import pytest
 from render_platform import repair as repair_module
 from render_platform.errors import Unavailable
 from render_platform.events import table_from_events
-from render_platform.pipeline import Platform, RepairOutcome
+from render_platform.pipeline import Platform
+from render_platform.reconciler import RepairOutcome
 from render_platform.reconciliation import HourReport
 from tests.factories import make_events
 from tests.stories import (

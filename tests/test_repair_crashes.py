@@ -47,14 +47,14 @@ def insert(at: int, *, arrived: bool) -> Kill:
 
 def store(*, stored: bool) -> Kill:
     def arrange(platform: Platform) -> None:
-        platform.cas = DyingCas(platform.cas, stored=stored)  # type: ignore[assignment]
+        platform.reconciler.cas = DyingCas(platform.cas, stored=stored)  # type: ignore[assignment]
 
     return arrange
 
 
 def log(*, committed: bool) -> Kill:
     def arrange(platform: Platform) -> None:
-        platform.log = DyingLog(platform.log, committed=committed)  # type: ignore[assignment]
+        platform.reconciler.log = DyingLog(platform.log, committed=committed)  # type: ignore[assignment]
 
     return arrange
 

@@ -7,7 +7,6 @@ https://github.com/secure-systems-lab/dsse/blob/master/protocol.md, https://in-t
 from __future__ import annotations
 
 import base64
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from render_platform.note import Signer, Verifier
 
 MAX_ROWS, ROWS_AT_ONCE = 50_000, 2_000
 MAX_UNPACKED_BYTES = 256 * 1024 * 1024
+LOW_BITS = 2**32 - 1
 _MAGIC = b"PAR1"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -87,38 +87,45 @@ def predicate(table: pa.Table) -> dict[str, Any]:
     def distinct(name: str) -> list[str]:
         return sorted(value for value in pc.unique(table.column(name)).to_pylist() if value is not None)
 
+    resources = _resources(table)
     times = pc.min_max(table.column("event_time").cast(pa.int64())).as_py()
     return {
         "events": table.num_rows,
-        "gpu_time_ns": sum(table.column("gpu_time_ns").to_pylist()),
+        "gpu_time_ns": sum(one["gpu_time_ns"] for one in resources),
         "devices": distinct("device_uuid"),
         "meters": distinct("meter"),
         "first_event_time_us": times["min"],
         "last_event_time_us": times["max"],
-        "resources": _resources(table),
+        "resources": resources,
     }
 
 
 def _resources(table: pa.Table) -> list[dict[str, Any]]:
     """What was used, by device and meter: events, GPU ns, and mJ of the events whose energy was read, if any was."""
-    names = ("device_uuid", "meter", "gpu_time_ns", "energy_mj")
-    used: dict[tuple[str | None, str], list[tuple[int, int | None]]] = defaultdict(list)
-    for device, meter, gpu_time_ns, energy_mj in zip(*(table.column(name).to_pylist() for name in names), strict=True):
-        used[device, meter].append((gpu_time_ns, energy_mj))
-    found = []
-    for (device, meter), rows in sorted(used.items(), key=lambda item: (item[0][0] or "", item[0][1])):
-        energy = [energy_mj for _, energy_mj in rows if energy_mj is not None]
-        found.append(
-            {
-                "device": device,
-                "meter": meter,
-                "events": len(rows),
-                "gpu_time_ns": sum(gpu_time_ns for gpu_time_ns, _ in rows),
-                "energy_events": len(energy),
-                "energy_mj": sum(energy) if energy else None,
-            }
-        )
-    return found
+    halves = {
+        f"{name}_{part}": of(table.column(name), 32 if part == "high" else LOW_BITS)
+        for name in ("gpu_time_ns", "energy_mj")
+        for part, of in (("high", pc.shift_right), ("low", pc.bit_wise_and))
+    }  # the sums of halves fit 64 bits; those of whole numbers may not
+    rows = pa.table({"device": table.column("device_uuid"), "meter": table.column("meter"), **halves})
+    sums = [(name, "sum") for name in halves]
+    counts = [("meter", "count"), ("energy_mj_low", "count")]
+    found = rows.group_by(["device", "meter"], use_threads=False).aggregate(sums + counts).to_pylist()
+    return [
+        {
+            "device": one["device"],
+            "meter": one["meter"],
+            "events": one["meter_count"],
+            "gpu_time_ns": _whole(one, "gpu_time_ns"),
+            "energy_events": one["energy_mj_low_count"],
+            "energy_mj": _whole(one, "energy_mj") if one["energy_mj_low_count"] else None,
+        }
+        for one in sorted(found, key=lambda one: (one["device"] or "", one["meter"]))
+    ]
+
+
+def _whole(sums: Mapping[str, Any], name: str) -> int:
+    return (int(sums[f"{name}_high_sum"]) << 32) + int(sums[f"{name}_low_sum"])
 
 
 def attest(name: str, digest: str, table: pa.Table, signer: Signer, software: str) -> bytes:

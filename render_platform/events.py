@@ -5,6 +5,7 @@ Integers with units in their names; no floats; no text that a customer chose. Un
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -239,35 +240,49 @@ def canonical_rows(table: pa.Table) -> list[bytes]:
     Columns are turned to text as a whole, which is some twenty times faster than a row at a time.
     Raises Finding where the schema or a text is not one that an event can have.
     """
+    whole, ends = _canonical_text(table)
+    return [bytes(whole[begin:end]) for begin, end in pairwise(ends)]
+
+
+def _canonical_text(table: pa.Table, before: str = "") -> tuple[memoryview, list[int]]:
+    """The canonical bytes of all rows, each after `before`, and where each one begins; at last, where the last ends."""
     require_schema(table.schema)
     if not table.num_rows:
-        return []
-    table = table.combine_chunks()
-    pieces: list[Any] = []
-    for index, field in enumerate(EVENT_SCHEMA):
-        lead = f'{"{" if index == 0 else ","}"{field.name}":'
-        pieces.append(_json_text(field, table.column(index).combine_chunks(), lead))
-    joined = pc.binary_join_element_wise(*pieces, "}", "").cast(pa.large_binary())
+        return memoryview(b""), [0]
+    literal, pieces = before + "{", []
+    for field, column in zip(EVENT_SCHEMA, table.combine_chunks().columns, strict=True):
+        text = _json_text(field, column.combine_chunks())
+        literal += f'"{field.name}":' if literal.endswith("{") else f',"{field.name}":'
+        if isinstance(text, str):
+            literal += text
+        else:
+            pieces += [literal, text]
+            literal = ""
+    joined = pc.binary_join_element_wise(*pieces, literal + "}", "").cast(pa.large_binary())
     _, ends, data = joined.buffers()
     at = np.frombuffer(ends, np.int64)[joined.offset : joined.offset + len(joined) + 1].tolist()
-    whole = memoryview(data)
-    return [bytes(whole[begin:end]) for begin, end in pairwise(at)]
+    return memoryview(data), at
 
 
-def _json_text(field: pa.Field, column: pa.Array, lead: str) -> pa.Array:
-    """`lead` and the value of each row. What repeats is turned to text once a value."""
+def _json_text(field: pa.Field, column: pa.Array) -> pa.Array | str:
+    """Each row's value, or the one that all of them have. What repeats is turned to text once a value."""
     if field.type == pa.uuid():
-        return _texts(_uuid_digits(column), f'{lead}"', '"')
+        return _texts(_uuid_digits(column), '"')
     if pa.types.is_fixed_size_binary(field.type):
-        return _texts(_hex_digits(_fixed_bytes(column, field.type.byte_width)), f'{lead}"', '"')
+        return _texts(_hex_digits(_fixed_bytes(column, field.type.byte_width)), '"')
     if not pa.types.is_string(field.type):
-        text = pc.fill_null(column.cast(pa.int64()).cast(pa.string()), "null")
-        return pc.binary_join_element_wise(lead, text, "")
+        numbers = column.cast(pa.int64())
+        least, most = pc.min_max(numbers).as_py().values()
+        if least == most and numbers.null_count in (0, len(numbers)):
+            return "null" if least is None else str(least)
+        return pc.fill_null(numbers.cast(pa.string()), "null")
     known = column.dictionary_encode()
     if pc.any(pc.match_substring_regex(known.dictionary, r'["\\\x00-\x1f]|[^\x00-\x7f]')).as_py():
         raise Finding(f"{field.name} holds a character that no event can have")
-    texts = pc.binary_join_element_wise(f'{lead}"', known.dictionary, '"', "")
-    return pc.fill_null(texts.take(known.indices), f"{lead}null")
+    texts = pc.binary_join_element_wise('"', known.dictionary, '"', "")
+    if len(texts) == 1 and not known.indices.null_count:
+        return str(texts[0])
+    return pc.fill_null(texts.take(known.indices), "null") if len(texts) else "null"
 
 
 def _fixed_bytes(column: pa.Array, width: int) -> _Bytes:
@@ -276,25 +291,28 @@ def _fixed_bytes(column: pa.Array, width: int) -> _Bytes:
 
 
 def _hex_digits(data: _Bytes) -> _Bytes:
-    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
-    text = np.empty((data.shape[0], data.shape[1] * 2), np.uint8)
-    text[:, 0::2], text[:, 1::2] = digits[data >> 4], digits[data & 15]
-    return text
+    return np.frombuffer(data.tobytes().hex().encode(), np.uint8).reshape(data.shape[0], data.shape[1] * 2)
 
 
 def _uuid_digits(column: pa.ExtensionArray) -> _Bytes:
     """The usual text of UUIDs, 36 characters a row."""
     digits = _hex_digits(_fixed_bytes(column.storage, 16))
-    return np.insert(digits, (8, 12, 16, 20), ord("-"), axis=1)
+    text = np.full((len(digits), 36), ord("-"), np.uint8)
+    for at, (start, end) in enumerate(pairwise((0, 8, 12, 16, 20, 32))):
+        text[:, start + at : end + at] = digits[:, start:end]
+    return text
 
 
-def _texts(characters: _Bytes, before: str = "", after: str = "") -> pa.Array:
-    """Rows of as many ASCII characters each as strings, each between `before` and `after`."""
-    rows = len(characters)
-    ends = [np.broadcast_to(np.frombuffer(end.encode(), np.uint8), (rows, len(end))) for end in (before, after)]
-    data = np.ascontiguousarray(np.hstack([ends[0], characters, ends[1]]))
+def _texts(characters: _Bytes, quote: str = "") -> pa.Array:
+    """Rows of as many ASCII characters each as strings, each between `quote`s."""
+    rows, width = characters.shape
+    data = characters
+    if quote:
+        data = np.full((rows, width + 2), ord(quote), np.uint8)
+        data[:, 1:-1] = characters
     offsets = np.arange(rows + 1, dtype=np.int32) * np.int32(data.shape[1])
-    return pa.Array.from_buffers(pa.string(), rows, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(data))]
+    return pa.Array.from_buffers(pa.string(), rows, buffers)
 
 
 def uuid_texts(table: pa.Table, name: str) -> list[str]:
@@ -318,7 +336,9 @@ def event_ids(table: pa.Table) -> pa.Array:
 
 def merkle_root(table: pa.Table) -> bytes:
     """The RFC 6962 root over the canonical bytes of the rows, in their order."""
-    return merkle.root([merkle.leaf_hash(row) for row in canonical_rows(table)])
+    whole, ends = _canonical_text(table, merkle.LEAF)
+    sha256 = hashlib.sha256
+    return merkle.root([sha256(whole[begin:end]).digest() for begin, end in pairwise(ends)])
 
 
 def total_gpu_time_ns(table: pa.Table) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from render_platform.errors import Finding, UsageError
 
 HASH_BYTES = 32
+LEAF = "\0"
+"""What is hashed before an entry."""
 EMPTY_ROOT: bytes = hashlib.sha256(b"").digest()
 
 
@@ -176,8 +178,9 @@ def _verify_extension(old_size: int, old_root: bytes, new_size: int, new_root: b
 
 def _parents(level: list[bytes]) -> list[bytes]:
     """The level above; a last node without a sibling moves up as it is."""
+    sha256 = hashlib.sha256  # node_hash, without its call
     pairs = zip(level[::2], level[1::2], strict=False)
-    return [node_hash(left, right) for left, right in pairs] + level[len(level) & ~1 :]
+    return [sha256(b"\x01" + left + right).digest() for left, right in pairs] + level[len(level) & ~1 :]
 
 
 def _subproof(old_size: int, hashes: Sequence[bytes], whole: bool) -> list[bytes]:

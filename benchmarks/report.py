@@ -95,8 +95,9 @@ def render(report: Report) -> str:
     blocks = [
         f"Measured {report.measured_at}: {report.connections} kept-alive connections in a closed loop, "
         f"{report.warm_up_s} s warm-up and {report.seconds} s measured a round, rounds interleaved; "
-        "each figure is the median of the rounds (smallest–largest). Each server is one process; load generator, "
-        "proxy and backend share the machine's cores and none is pinned. Only (c) and (d) write anything durable.",
+        "each figure is the median of the rounds (smallest–largest). Each server is one process, ours two: the loop "
+        "and its journal. Load generator, proxy and backend share the machine's cores and none is pinned. Only (c) "
+        "and (d) write anything durable.",
         _table([HEADER, *(_row(result) for result in report.results)]),
         _bullets("Ratios of requests/s, round by round", _ratios(report)),
         _bullets("Kept", [line for result in report.results for line in _kept(result)]),

@@ -11,7 +11,7 @@ after another there too, so that what was read in `write()` is still so at its c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ except ImportError:  # a platform without the wheel uses the interpreter's own
     import sqlite3 as sqlite_module
 
 BUSY_TIMEOUT_S = 30
-_WRITER_LOCK = 0x72656E646572
-"""The key of PostgreSQL's advisory lock, one in a database."""
+_WRITER_LOCK = 0x72656E646572  # the key of PostgreSQL's advisory lock, one in a database
 
 metadata = sa.MetaData()
 
@@ -83,8 +82,7 @@ batches = sa.Table(
     sa.UniqueConstraint("hour_us", "batch_seq"),
     sa.Index("batches_by_state", "state", "ordinal"),
 )
-UNPUBLISHED = ("filling", "closed", "sealed", "stored", "logged")
-"""A batch's states before the last, in their order. Asked for by name, so that the index serves."""
+UNPUBLISHED = ("filling", "closed", "sealed", "stored", "logged")  # by name: the index serves
 usage_events = sa.Table(
     "usage_events",
     metadata,
@@ -96,8 +94,7 @@ usage_events = sa.Table(
     sa.Column("batch_id", sa.Text),
     sa.UniqueConstraint("job_id"),
     sa.Index("usage_events_unsealed", "lane", "recorded_at", sqlite_where=sa.text("batch_id IS NULL")),
-    sa.Index("usage_events_by_batch", "batch_id"),
-    sa.Index("usage_events_by_source", "source"),
+    sa.Index("usage_events_by_batch", "batch_id", sqlite_where=sa.text("batch_id IS NOT NULL")),
 )
 log_head = sa.Table(
     "log_head",
@@ -266,20 +263,16 @@ class Prepared:
             return 0
         sql, values_of, constants = self._compile(connection.dialect)
         values = [values_of({**constants, **row}) for row in rows] if constants else [values_of(row) for row in rows]
-        cursor = connection.connection.cursor()  # the driver's own: SQLAlchemy's results cost more than the rows
-        try:
+        with _driver(connection, sql) as cursor:
             cursor.executemany(sql, values)
             return int(cursor.rowcount)
-        except connection.dialect.loaded_dbapi.Error as error:
-            base = connection.dialect.loaded_dbapi.Error
-            raise sa.exc.DBAPIError.instance(sql, None, error, base, hide_parameters=True) from error
-        finally:
-            cursor.close()
 
-    def with_values(self, connection: sa.Connection, **row: Any) -> tuple[str, Any]:
-        """What `exec_driver_sql` takes, for a statement that reads."""
+    def first(self, connection: sa.Connection, **row: Any) -> Sequence[Any] | None:
+        """The first row that a statement reads, or None."""
         sql, values_of, constants = self._compile(connection.dialect)
-        return sql, values_of({**constants, **row})
+        with _driver(connection, sql) as cursor:
+            cursor.execute(sql, values_of({**constants, **row}))
+            return cursor.fetchone()  # type: ignore[no-any-return]
 
     def _compile(self, dialect: sa.Dialect) -> tuple[str, Callable[[Mapping[str, Any]], Any], dict[str, Any]]:
         known = self._compiled.get(dialect.name)
@@ -293,6 +286,17 @@ class Prepared:
             values_of = itemgetter(*order) if len(order) > 1 else lambda row: (row[order[0]],)
         self._compiled[dialect.name] = str(compiled), values_of, constants
         return self._compiled[dialect.name]
+
+
+@contextmanager
+def _driver(connection: sa.Connection, sql: str) -> Iterator[Any]:
+    """The driver's own cursor: SQLAlchemy's statements and results cost more than the rows. Errors are SQLAlchemy's."""
+    base = connection.dialect.loaded_dbapi.Error
+    with closing(connection.connection.cursor()) as cursor:
+        try:
+            yield cursor
+        except base as error:
+            raise sa.exc.DBAPIError.instance(sql, None, error, base, hide_parameters=True) from error
 
 
 class Database:
@@ -321,14 +325,12 @@ class Database:
         try:
             with self.engine.connect().execution_options(writes=writes) as connection:
                 yield connection
-        except sa.exc.OperationalError as error:
-            raise Unavailable(
-                f"the database cannot be used: {error.orig}", "check the disk, and that no process holds a long lock"
-            ) from error
+        except sa.exc.IntegrityError:
+            raise
         except sa.exc.DatabaseError as error:
-            if isinstance(error, sa.exc.IntegrityError):
-                raise
-            raise Unavailable(f"the database cannot be used: {error.orig}", "restore it from a backup") from error
+            held = isinstance(error, sa.exc.OperationalError)
+            remedy = "check the disk, and that no process holds a long lock" if held else "restore it from a backup"
+            raise Unavailable(f"the database cannot be used: {error.orig}", remedy) from error
 
 
 PRAGMAS = "journal_mode=WAL synchronous=FULL foreign_keys=ON secure_delete=ON cache_size=-65536 wal_autocheckpoint=8000"
@@ -354,7 +356,9 @@ def open_sqlite(path: Path) -> Database:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN DEFERRED")
+        begin = "BEGIN IMMEDIATE" if _writes(connection) else "BEGIN DEFERRED"
+        with _driver(connection, begin) as cursor:
+            cursor.execute(begin)
 
     return _with_tables(Database(engine))
 

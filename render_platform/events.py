@@ -10,6 +10,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import pairwise
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -136,6 +137,14 @@ class UsageEvent:
     error_code: str | None
     schema_version: int = SCHEMA_VERSION
 
+    @classmethod
+    def recorded(cls, row: Sequence[Any]) -> UsageEvent:
+        """The event that a row in COLUMNS order, as stored in SQL, is: it was checked when it was made."""
+        event = object.__new__(cls)
+        for name, value in zip(COLUMNS, row, strict=True):
+            object.__setattr__(event, name, uuid.UUID(bytes=value) if name in _UUIDS else value)
+        return event
+
     def __post_init__(self) -> None:
         """Refuse a record that could not be billed; RecordError names the field."""
         values = _values_of(self)
@@ -167,7 +176,14 @@ def _plainly_good(values: Sequence[Any]) -> bool:
         return False
     if {*map(type, _UUIDS_OF(values))} != {uuid.UUID} or None in _NEEDED_OF(values):
         return False
-    return all(values[at] is None or good(values[at]) for at, good in _OTHERS)
+    texts = _TEXTS_OF(values)
+    return {*map(type, texts)} <= {str, type(None)} and _good_nonce(values[_NONCE]) and _good_texts(texts)
+
+
+@lru_cache(4_096)
+def _good_texts(values: tuple[Any, ...]) -> bool:
+    """Asked once for the texts that come again with each job of a customer and a model."""
+    return all(value is None or good(value) for value, good in zip(values, _TEXT_CHECKS, strict=True))
 
 
 def _checker(field: pa.Field) -> Callable[[Any], bool]:
@@ -192,7 +208,11 @@ _UUIDS = tuple(field.name for field in EVENT_SCHEMA if field.type == pa.uuid())
 _NUMBERS = tuple(f.name for f in EVENT_SCHEMA if pa.types.is_int64(f.type) or pa.types.is_timestamp(f.type))
 _NUMBERS_OF, _UUIDS_OF = (itemgetter(*map(COLUMNS.index, names)) for names in (_NUMBERS, _UUIDS))
 _NEEDED_OF = itemgetter(*(at for at, (_, nullable, _) in enumerate(_CHECKS) if not nullable))
-_OTHERS = [(at, good) for at, (name, _, good) in enumerate(_CHECKS) if name not in (*_NUMBERS, *_UUIDS)]
+_NONCE = COLUMNS.index("nonce")
+_good_nonce = _CHECKS[_NONCE][2]
+_TEXTS = [at for at, (name, _, _) in enumerate(_CHECKS) if name not in (*_NUMBERS, *_UUIDS, "nonce")]
+_TEXTS_OF = itemgetter(*_TEXTS)
+_TEXT_CHECKS = [_CHECKS[at][2] for at in _TEXTS]
 
 
 def storage_row(event: UsageEvent) -> dict[str, Any]:

@@ -77,9 +77,9 @@ class Outbox:
 
     def customer_ref(self, connection: sa.Connection, issuer: str, customer_id: str) -> str:
         """The customer's reference, with a salt made on first sight; inside the caller's transaction."""
-        known = connection.exec_driver_sql(*_REF.with_values(connection, issuer=issuer, id=customer_id)).scalar()
+        known = _REF.first(connection, issuer=issuer, id=customer_id)
         if known is not None:
-            return str(known)
+            return str(known[0])
         salt = self._ids.random(32)
         ref = customer_ref(salt, customer_id)
         connection.execute(
@@ -123,12 +123,13 @@ class Outbox:
         return start_us
 
     def _frontier_of(self, connection: sa.Connection, lane: str, start_us: int) -> int:
-        row = connection.exec_driver_sql(*_LANE.with_values(connection, of=lane)).one_or_none()
+        row = _LANE.first(connection, of=lane)
         if row is None:
             return self.open_lane(connection, lane, start_us)
-        if row.state != "open":
+        state, frontier_us = row
+        if state != "open":
             raise UsageError(f"the lane {lane} is finished", "record into a lane that is open")
-        return int(row.frontier_us)
+        return int(frontier_us)
 
     def frontier(self, connection: sa.Connection, lane: str) -> int:
         """The last `recorded_at` given in the lane."""

@@ -237,10 +237,10 @@ async def serve(gateway: Gateway, ready: Callable[[str], None]) -> int:
         ready(f"http://{gateway.settings.gateway_host}:{listening.getsockname()[1]}")
     await serving
     watching.cancel()
-    return 3 if gateway.writer.died.is_set() or not server.started else 0
+    return 3 if gateway.died.is_set() or not server.started else 0
 
 
 async def _stop_when_broken(gateway: Gateway, server: uvicorn.Server) -> None:
     """Without its writer the gateway can keep no promise: it stops, and says so by its exit code."""
-    await gateway.writer.died.wait()
+    await gateway.died.wait()
     server.should_exit = True

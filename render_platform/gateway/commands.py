@@ -41,7 +41,7 @@ def run_gateway(settings: Settings) -> int:
     """Serve until a signal; the exit code."""
     import uvloop
 
-    # The loop and the writer's thread take turns at the interpreter: neither may wait 5 ms for the other.
+    # The loop and the threads of the fast path take turns at the interpreter: none may wait 5 ms for another.
     sys.setswitchinterval(0.0002)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(_serve(settings))
@@ -53,7 +53,7 @@ async def _serve(settings: Settings) -> int:
     from render_platform.gateway.app import serve as serve_app
     from render_platform.gateway.service import Gateway
 
-    gateway = Gateway(settings)
+    gateway = Gateway(settings, apart=True)
 
     def ready(url: str) -> None:
         gc.freeze()  # what stands now stays: it need not be looked at again

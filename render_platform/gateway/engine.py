@@ -32,7 +32,7 @@ from render_platform.gateway.limits import backoff_us
 from render_platform.gateway.problems import Draining, NoBackend, QueueFull
 from render_platform.gateway.scheduling import Queue
 from render_platform.gateway.store import Accept, Finish, Operation, Start
-from render_platform.gateway.writer import Writer
+from render_platform.gateway.writer import Submits
 
 BACKOFF_BASE_US, BACKOFF_CAP_US = 100_000, 10 * US_PER_SECOND
 REMEMBERED = 10_000
@@ -48,7 +48,7 @@ class Engine:
     def __init__(
         self,
         fleet: Fleet,
-        writer: Writer[Operation],
+        writer: Submits[Operation],
         clock: Clock,
         ids: Ids,
         *,
@@ -70,7 +70,7 @@ class Engine:
         self.service_us: dict[str, int] = {}
         """A model's time a job, on a moving average: what an ETA is made of."""
         self.draining = False
-        self.retried = 0
+        self.accepted = self.retried = 0
 
     # Accepting.
 
@@ -124,6 +124,7 @@ class Engine:
             self._give_up(key, slot)
             return self.find(standing) or standing, False
         self._accepting[key] -= 1
+        self.accepted += 1
         self.jobs.hold(job)
         if slot is not None:
             job.attempt = 1
@@ -234,8 +235,6 @@ class Engine:
 
     def waiting(self) -> dict[QueueKey, Queue[uuid.UUID]]:
         return {key: waiting for key, waiting in self._queues.items() if len(waiting)}
-
-    # Running.
 
     async def _work(self, job: Job, server: Server, permit: int) -> None:
         now_us = self.clock.now_us()
@@ -396,5 +395,5 @@ class Engine:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
 
-    async def end_recovered(self, job: Job, outcome: Outcome) -> None:
-        await self._finish(job, outcome)  # the visible end of one that a former epoch left and that cannot run again
+    async def end_recovered(self, job: Job, outcome: Outcome) -> None:  # of a former epoch; it cannot run again
+        await self._finish(job, outcome)

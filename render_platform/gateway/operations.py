@@ -63,7 +63,7 @@ async def ready(request: AnyRequest) -> Response[Readiness]:
     now_us = gateway.clock.now_us()
     states: dict[str, str] = {name: server.breaker.state(now_us) for name, server in gateway.fleet.servers.items()}
     problems = ["stopping"] if gateway.engine.draining else []
-    if gateway.writer.died.is_set():
+    if gateway.died.is_set():
         problems.append("the database writer has ended")
     if states and all(state == "open" for state in states.values()):
         problems.append("no backend answers")
@@ -122,7 +122,7 @@ class _Metrics:
 
     def _jobs(self) -> Iterator[Metric]:
         gateway = self._gateway
-        yield _counter("jobs_accepted", "Jobs accepted in this epoch", [((), gateway.store.accepted)])
+        yield _counter("jobs_accepted", "Jobs accepted in this epoch", [((), gateway.engine.accepted)])
         ended = gateway.ended.items()
         yield _counter("jobs_ended", "Jobs whose end is committed", ended, ("model", "status"))
         seconds = [((name,), ns / NS_PER_SECOND) for name, ns in gateway.gpu_time_ns.items()]
@@ -143,11 +143,11 @@ class _Metrics:
         yield _gauge("backend_breaker", "1 for the state of the breaker", states, ("backend", "state"))
 
     def _fast_path(self) -> Iterator[Metric]:
-        publisher, writer = self._gateway.publisher, self._gateway.writer
+        publisher, writers = self._gateway.publisher, self._gateway.writers
         yield _counter("fast_path_delivered", "Events that ClickHouse acknowledged", [((), publisher.delivered)])
         yield _counter("fast_path_dropped", "Events that did not reach ClickHouse", [((), publisher.dropped)])
-        yield _counter("commits", "Transactions of the gateway's writer", [((), writer.groups)])
-        yield _counter("writes", "Operations in them", [((), writer.operations)])
+        yield _counter("commits", "Transactions of the gateway's writers", [((), sum(one.groups for one in writers))])
+        yield _counter("writes", "Operations in them", [((), sum(one.operations for one in writers))])
 
     def _requests(self) -> Metric:
         family = HistogramMetricFamily("render_platform_http_request_duration_seconds", "Requests", labels=["status"])

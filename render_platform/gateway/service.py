@@ -33,6 +33,7 @@ from render_platform.gateway.fleet import Device, Fleet, Server, never_ran
 from render_platform.gateway.identity import ApiKeys, Customers, Identity
 from render_platform.gateway.ingest import Ingest
 from render_platform.gateway.jobs import STOPPING, Job
+from render_platform.gateway.journal import Journal, Setup
 from render_platform.gateway.limits import Buckets
 from render_platform.gateway.meters import DeviceMeter, open_meter
 from render_platform.gateway.openai_backend import OpenAiBackend
@@ -71,7 +72,9 @@ class Gateway:
         clock: Clock | None = None,
         ids: Ids | None = None,
         kinds: dict[str, BackendFactory] | None = None,
+        apart: bool = False,
     ) -> None:
+        """`apart`: jobs are written by a process of their own (see `journal`), with its own clock and ids."""
         self.settings = settings
         self.clock, self.ids = clock or SystemClock(), ids or SystemIds()
         self.catalogue = make_catalogue(settings.catalogue)
@@ -100,7 +103,9 @@ class Gateway:
         self.store = JobStore(
             self.outbox, self.clock, self.ids, self.gateway_id, self.epoch, on_accept=self._sign_acceptance
         )
-        self.writer: Writer[Operation] = Writer(self.database, self.store, asyncio.get_running_loop())
+        loop, self.died = asyncio.get_running_loop(), asyncio.Event()
+        self.writer: Writer[Operation] = Writer(self.database, self.store, loop, self.died)
+        self.journal = Journal(self._journal_setup(keys), self._lock.fileno(), loop, self.died) if apart else None
         self.publisher = Publisher(self._open_clickhouse, self.clock, settings.fast_path_deadline_s)
         dagster = f"http://127.0.0.1:{settings.dagster_port}"
         self.reporter = Reporter(dagster, self.clock, self.gateway_id, self.epoch, settings.report_every_s)
@@ -116,7 +121,7 @@ class Gateway:
         self.gpu_time_ns: Counter[str] = Counter()
         self.engine = Engine(
             self.fleet,
-            self.writer,
+            self.journal or self.writer,
             self.clock,
             self.ids,
             now_ns=self.now_ns,
@@ -134,6 +139,8 @@ class Gateway:
         """Open backends, take over what a former epoch left, and begin. UsageError where a backend is misconfigured."""
         await asyncio.to_thread(self._check_evidence)
         self.writer.start()
+        if self.journal is not None:
+            await self.journal.start()
         for server in self.fleet.servers.values():
             try:
                 await server.backend.start()
@@ -189,12 +196,22 @@ class Gateway:
         await asyncio.to_thread(self.publisher.stop, 5.0)
         with contextlib.suppress(PlatformError):
             await self.writer.submit(Do(self._renew))
+        if self.journal is not None:
+            await self.journal.stop()
         await self.writer.stop()
         for server in self.fleet.servers.values():
             await server.backend.close()
         self.meter.close()
         self.database.close()
         self._lock.close()
+
+    @property
+    def writers(self) -> list[Journal | Writer[Operation]]:
+        return [self.writer, *([self.journal] if self.journal is not None else [])]
+
+    def _journal_setup(self, keys: RoleKeys) -> Setup:
+        settings, key = self.settings, str(keys.path("gateway"))
+        return Setup(str(settings.database_path), self.gateway_id, self.epoch, settings.gateway_signer, key)
 
     def request_id(self, given: str | None) -> uuid.UUID:
         """The client's own id where it is a UUID, else a new one."""

@@ -26,7 +26,7 @@ ASK_AGAIN_S, MOST_ASKS = 0.2, 300
 LINGER_S = 0.0003
 
 Op = TypeVar("Op", contravariant=True)
-_Waiter = tuple[asyncio.Future[Any], Callable[[Any], None] | None]
+Waiter = tuple[asyncio.Future[Any], Callable[[Any], None] | None]
 """Who waits for an operation, and who is told where nobody waits any more."""
 _log = structlog.get_logger()
 
@@ -48,20 +48,78 @@ class Applier(Protocol[Op]):
         ...
 
 
+class Transactions(Generic[Op]):
+    """Groups of operations, a transaction each, on the caller's thread."""
+
+    def __init__(self, database: Database, applier: Applier[Op]) -> None:
+        self._database, self._applier = database, applier
+        self.groups = 0
+        self.operations = 0
+
+    def write(self, operations: list[Op]) -> list[Any]:
+        """A group that fails as a whole is tried one by one, so that a bad operation fails alone."""
+        results: list[Any] | None = None
+        try:
+            with self._database.write() as connection:
+                results = self._applier.apply(connection, operations)
+        except (sa.exc.SQLAlchemyError, PlatformError) as error:
+            _log.warning("write_failed", operations=len(operations), error=type(error).__name__)
+            if results is None or not self._stands():
+                if isinstance(error, Unavailable) or len(operations) == 1:
+                    return [_as_platform_error(error)] * len(operations)
+                return [result for operation in operations for result in self.write([operation])]
+        self._applier.committed()
+        self.groups += 1
+        self.operations += len(operations)
+        return results
+
+    def _stands(self) -> bool:
+        """Whether a commit that failed is in SQL: a disk or a connection may fail after it. Nothing is written before
+        that is known; where it cannot be known, the writer dies, and the next start finds what stands."""
+        for _ in range(MOST_ASKS):
+            try:
+                with self._database.read() as connection:
+                    return self._applier.stands(connection)
+            except Unavailable:
+                time.sleep(ASK_AGAIN_S)
+        raise Unavailable("nobody can tell whether a commit stands", "check the disk, and start the gateway again")
+
+
+class Submits(Protocol[Op]):
+    """What takes operations of one loop and answers each after its commit."""
+
+    def submit(self, operation: Op, abandoned: Callable[[Any], None] | None = None) -> asyncio.Future[Any]:
+        """See Writer.submit."""
+        ...
+
+
 class Writer(Generic[Op]):
     """One thread that writes; any number of tasks of one loop that wait for it."""
 
-    def __init__(self, database: Database, applier: Applier[Op], loop: asyncio.AbstractEventLoop) -> None:
-        self._database, self._applier, self._loop = database, applier, loop
-        self._asked: list[tuple[Op, _Waiter]] = []
+    def __init__(
+        self,
+        database: Database,
+        applier: Applier[Op],
+        loop: asyncio.AbstractEventLoop,
+        died: asyncio.Event | None = None,
+    ) -> None:
+        """`died` is set where nothing can be written any more."""
+        self._transactions, self._loop = Transactions(database, applier), loop
+        self._asked: list[tuple[Op, Waiter]] = []
         """What this turn of the loop has asked for; handed over as one, so that the writer wakes once."""
-        self._queue: queue.SimpleQueue[list[tuple[Op, _Waiter]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[tuple[Op, Waiter]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self._group: list[tuple[Op, _Waiter]] = []
+        self._group: list[tuple[Op, Waiter]] = []
         self._over = False
-        self.died = asyncio.Event()
-        self.groups = 0
-        self.operations = 0
+        self.died = died or asyncio.Event()
+
+    @property
+    def groups(self) -> int:
+        return self._transactions.groups
+
+    @property
+    def operations(self) -> int:
+        return self._transactions.operations
 
     def start(self) -> None:
         self._thread.start()
@@ -74,7 +132,7 @@ class Writer(Generic[Op]):
         """
         future = self._loop.create_future()
         if self._over:
-            future.set_exception(_gone())
+            future.set_exception(gone())
         else:
             if not self._asked:
                 self._loop.call_soon(self.hand_over)
@@ -108,55 +166,27 @@ class Writer(Generic[Op]):
         waiting = self._group
         while not self._queue.empty():
             waiting += self._queue.get_nowait() or []
-        _resolve([(waiter, _gone()) for _, waiter in waiting])
+        resolve([(waiter, gone()) for _, waiter in waiting])
 
     def _write_until_stopped(self) -> None:
         crowded = False
         while (group := self._queue.get()) is not None:
             if crowded:  # others come as often as commits do: a moment's wait makes one commit of several
                 time.sleep(LINGER_S)
-            more: list[tuple[Op, _Waiter]] | None = group
+            more: list[tuple[Op, Waiter]] | None = group
             self._group = group
             while len(group) < MAX_GROUP and not self._queue.empty():
                 more = self._queue.get_nowait()
                 group += more or []
             crowded = len(group) > 1
-            results = self._write([operation for operation, _ in group])
+            results = self._transactions.write([operation for operation, _ in group])
             self._tell(list(zip((waiter for _, waiter in group), results, strict=True)))
             if more is None:
                 return
 
-    def _write(self, operations: list[Op]) -> list[Any]:
-        """A group that fails as a whole is tried one by one, so that a bad operation fails alone."""
-        results: list[Any] | None = None
+    def _tell(self, told: list[tuple[Waiter, Any]]) -> None:
         try:
-            with self._database.write() as connection:
-                results = self._applier.apply(connection, operations)
-        except (sa.exc.SQLAlchemyError, PlatformError) as error:
-            _log.warning("write_failed", operations=len(operations), error=type(error).__name__)
-            if results is None or not self._stands():
-                if isinstance(error, Unavailable) or len(operations) == 1:
-                    return [_as_platform_error(error)] * len(operations)
-                return [result for operation in operations for result in self._write([operation])]
-        self._applier.committed()
-        self.groups += 1
-        self.operations += len(operations)
-        return results
-
-    def _stands(self) -> bool:
-        """Whether a commit that failed is in SQL: a disk or a connection may fail after it. Nothing is written before
-        that is known; where it cannot be known, the writer dies, and the next start finds what stands."""
-        for _ in range(MOST_ASKS):
-            try:
-                with self._database.read() as connection:
-                    return self._applier.stands(connection)
-            except Unavailable:
-                time.sleep(ASK_AGAIN_S)
-        raise Unavailable("nobody can tell whether a commit stands", "check the disk, and start the gateway again")
-
-    def _tell(self, told: list[tuple[_Waiter, Any]]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(_resolve, told)
+            self._loop.call_soon_threadsafe(resolve, told)
         except RuntimeError:  # the loop has ended: nobody waits any more
             _log.warning("writer_without_a_loop", operations=len(told))
 
@@ -167,11 +197,11 @@ def _as_platform_error(error: Exception) -> PlatformError:
     return Unavailable(f"the database refused a write: {type(error).__name__}", "see the log of the gateway")
 
 
-def _gone() -> Unavailable:
+def gone() -> Unavailable:
     return Unavailable("the database writer has ended", "start the gateway again")
 
 
-def _resolve(told: list[tuple[_Waiter, Any]]) -> None:
+def resolve(told: list[tuple[Waiter, Any]]) -> None:
     for (future, abandoned), result in told:
         if future.done():  # cancelled while it waited
             if abandoned is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import uuid
@@ -53,6 +54,7 @@ class Told:
     accepted: dict[str, str] = field(default_factory=dict)  # job id → acceptance
     answered: set[str] = field(default_factory=set)
     keys: dict[str, str] = field(default_factory=dict)  # idempotency key → job id
+    refused: int = 0
 
 
 async def one_request(session: aiohttp.ClientSession, url: str, rng: random.Random, told: Told) -> None:
@@ -67,6 +69,9 @@ async def one_request(session: aiohttp.ClientSession, url: str, rng: random.Rand
     headers = {"Idempotency-Key": key} if key else {}
     async with session.post(f"{url}/queue", json=QUEUED, headers=headers) as answer:
         body = await answer.json()
+        if answer.status == 503:
+            told.refused += 1
+            return
         if answer.status != 202:
             raise AssertionError(body)
         told.accepted[body["id"]] = body["acceptance"]
@@ -124,12 +129,35 @@ def rows(state: Path, sql: str) -> list[tuple[Any, ...]]:
 
 
 def test_killed_twenty_times_under_load(tmp_path: Path, rng: random.Random) -> None:
-    told, state = Told(), tmp_path / "state"
+    told = Told()
     for number in range(KILLS):
         with running_gateway(tmp_path, CATALOGUE) as (process, address):
             kill = lambda process=process: process.send_signal(signal.SIGKILL)  # noqa: E731
             asyncio.run(load(address, f"{rng.random()}/{number}", told, kill))
-    with running_gateway(tmp_path, CATALOGUE) as (process, address):
+    assert told.refused == 0
+    check_all(tmp_path, told, KILLS)
+
+
+def test_a_gateway_whose_journal_is_killed_stops_and_loses_nothing(tmp_path: Path, rng: random.Random) -> None:
+    told, kills = Told(), 5
+    for number in range(kills):
+        with running_gateway(tmp_path, CATALOGUE) as (process, address):
+            kill = lambda process=process: os.kill(journal_of(process.pid), signal.SIGKILL)  # noqa: E731
+            asyncio.run(load(address, f"{rng.random()}/{number}", told, kill))
+            assert process.wait(30) == 3
+    check_all(tmp_path, told, kills)
+
+
+def journal_of(gateway: int) -> int:
+    """The one process that a gateway has started."""
+    [journal] = Path(f"/proc/{gateway}/task/{gateway}/children").read_text().split()
+    return int(journal)
+
+
+def check_all(folder: Path, told: Told, kills: int) -> None:
+    """After another start: everything accepted has ended, with one event each, and as its client was told."""
+    state = folder / "state"
+    with running_gateway(folder, CATALOGUE) as (process, address):
         asyncio.run(until_all_ended(address))
         again = asyncio.run(asked_again(address, told))
         process.send_signal(signal.SIGTERM)
@@ -138,10 +166,10 @@ def test_killed_twenty_times_under_load(tmp_path: Path, rng: random.Random) -> N
     states = {str(uuid.UUID(bytes=row[0])): row[1] for row in rows(state, "SELECT job_id, state FROM jobs")}
     billed = Counter(str(uuid.UUID(bytes=row[0])) for row in rows(state, "SELECT job_id FROM usage_events"))
     print(
-        f"{KILLS} kills: {len(states)} jobs accepted, {len(told.accepted)} 202s, {len(told.answered)} 200s,"
+        f"{kills} kills: {len(states)} jobs accepted, {len(told.accepted)} 202s, {len(told.answered)} 200s,"
         f" {Counter(states.values())}"
     )
-    assert len(told.accepted) > 10 * KILLS, "there was hardly any load"
+    assert len(told.accepted) > 10 * kills, "there was hardly any load"
     assert set(states.values()) <= {"success", "error", "timeout", "cancelled"}
     assert set(billed.values()) == {1}
     assert billed.keys() == states.keys()

@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway bench-audit bench-receipts test check lint types imports lock clean
+.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year test check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -28,6 +28,12 @@ bench-audit: $(READY)  ## verification, appends and proofs beside pymerkle and a
 
 bench-receipts: $(READY)  ## how long a receipt takes while everything runs under load (seven minutes)
 	$(BIN)/python -m benchmarks.receipts --write
+
+bench-year: $(READY)  ## a year of hours written, then reconciled in one backfill of Dagster runs (an hour or two)
+	$(BIN)/python -m benchmarks.year --write
+
+bench-reconcile: $(READY)  ## the verdict on an hour beside the bare engines and datacompy (some minutes)
+	$(BIN)/python -m benchmarks.reconcile --write
 
 test: check  ## everything that must pass
 	$(BIN)/python -m pytest

@@ -19,3 +19,18 @@ defs = dg.Definitions(
     resources={"platform": PlatformResource(duckdb=duckdb)},
     executor=dg.in_process_executor,
 )
+
+
+def ranges() -> dg.Definitions:
+    """The same assets for `dg launch -m definitions -a ranges --partition-range`: a range is one run, however long.
+
+    That command refuses assets whose backfills are several runs, as those of `defs` are.
+    """
+    one_run = dg.BackfillPolicy.single_run()
+    assets = [
+        asset.with_attributes(backfill_policy=one_run)
+        if isinstance(asset, dg.AssetsDefinition) and asset.partitions_def
+        else asset
+        for asset in ASSETS
+    ]
+    return dg.Definitions(assets=assets, resources=defs.resources, executor=defs.executor)

@@ -7,7 +7,7 @@ import dagster as dg
 warnings.filterwarnings("ignore", category=dg.BetaWarning)  # backfill policies; before the modules that use them
 
 from assets.billing import gpu_jobs, sealed_batches  # noqa: E402
-from assets.compliance import audit_log, audit_verification, reconciliation, threshold  # noqa: E402
+from assets.compliance import audit_log, audit_verification, reconciliation  # noqa: E402
 from assets.fast_path import duplicates, fast_path_repair, inference_events  # noqa: E402
 from assets.storage import cas_batches  # noqa: E402
 
@@ -21,4 +21,4 @@ ASSETS: list[dg.AssetsDefinition | dg.AssetSpec] = [
     reconciliation,
     fast_path_repair,
 ]
-CHECKS = [threshold, duplicates]
+CHECKS = [duplicates]

@@ -6,7 +6,7 @@ import dagster as dg
 
 from assets import views
 from assets.jobs import BACKFILL, DAYS, HOURS, SEQUENCER, day_of_key, hour_of_key
-from render_platform.errors import Finding, Unavailable
+from render_platform.errors import Finding, PlatformError, Unavailable
 from resources.platform import PlatformResource
 
 
@@ -80,42 +80,55 @@ def audit_verification(context: dg.AssetExecutionContext, platform: PlatformReso
     group_name="compliance",
     kinds={"duckdb", "clickhouse"},
     owners=["team:compliance"],
-    pool=SEQUENCER,
+    output_required=False,
     description="The hour's verdict, by five minutes, customer and model: DuckDB over the log against ClickHouse.",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "threshold",
+            asset="reconciliation",
+            description=(
+                "Every hour reported so far is reconciled. If not: materialize fast_path_repair for the hours named."
+            ),
+        )
+    ],
 )
-def reconciliation(context: dg.AssetExecutionContext, platform: PlatformResource) -> None:
+def reconciliation(
+    context: dg.AssetExecutionContext, platform: PlatformResource
+) -> Iterator[dg.MaterializeResult[None] | dg.AssetCheckResult]:
+    """Each hour is materialized when it was read, one that was not is not; of a run that is killed, those before it."""
     keys = context.partition_keys
-    unavailable = []
+    unread = []
     with platform.open() as open_platform:
         for key in keys:
-            report = open_platform.reconcile(hour_of_key(key))
-            context.log.info(report.summary())
-            metadata = {
-                "status": report.status,
-                "revision": report.revision,
-                "dagster/partition_row_count": report.total("events"),
-                "fast events": report.total("fast_events"),
-                "GPU seconds": views.gpu_seconds(report.total("gpu_time_ns")),
-                "missing": len(report.missing),
-                "error": report.error,
-            }
-            if len(keys) == 1:  # tables would be copied into the event of every partition of a range
-                metadata |= {"windows": views.windows(report), "findings": views.findings(report)}
-            context.add_asset_metadata(metadata, partition_key=key)
-            unavailable += [report.summary()] if report.status == "unavailable" else []
-    if unavailable:
-        raise dg.Failure(f"{len(unavailable)} of {len(keys)} hours could not be read: {unavailable[0]}")
+            last = open_platform.hours.last_report(hour_of_key(key))
+            try:
+                report = open_platform.reconcile(hour_of_key(key))
+            except PlatformError as error:  # the log or SQL; what either side cannot give is in the report
+                unread.append(f"{key}: {error}")
+                continue
+            metadata = {**views.verdict(report), "changed": views.change(report, last, open_platform.cas.get)}
+            if report.status == "unavailable":
+                unread.append(report.summary())
+            elif len(keys) == 1:  # what comes after it in the same run needs a result; tables are for one hour alone
+                tables = {"windows": views.windows(report), "findings": views.findings(report)}
+                context.log.info(report.summary())
+                yield dg.MaterializeResult(metadata={**metadata, **tables})
+            else:
+                said = report.summary()
+                context.log_event(
+                    dg.AssetMaterialization("reconciliation", description=said, metadata=metadata, partition=key)
+                )
+        yield _threshold(open_platform.hours.unreconciled())
+    if unread:
+        raise dg.Failure(
+            f"{len(unread)} of {len(keys)} hours could not be read: {unread[0]}",
+            metadata={"hours": dg.MetadataValue.md("\n".join(f"- {text}" for text in unread[:50]))},
+        )
 
 
-@dg.asset_check(
-    asset=reconciliation,
-    name="threshold",
-    description="Every hour reported so far is reconciled. If not: materialize fast_path_repair for the hours named.",
-)
-def threshold(platform: PlatformResource) -> dg.AssetCheckResult:
-    with platform.open() as open_platform:
-        bad = open_platform.hours.unreconciled()
+def _threshold(bad: list[tuple[str, str]]) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
+        check_name="threshold",
         passed=not bad,
         description="; ".join(f"{name} is {status}" for name, status in bad[:10]) or "every report is reconciled",
         metadata={"hours": [name for name, _ in bad[:50]]},

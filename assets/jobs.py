@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import dagster as dg
+from collections.abc import Iterable
 
-from render_platform.clock import DAY_US, hour_of, iso, time_us
+import dagster as dg
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+    PARTITION_NAME_TAG,
+)
+
+from render_platform.clock import DAY_US, HOUR_US, hour_of, iso, time_us
 
 START = "2023-01-01"
 HOURS = dg.HourlyPartitionsDefinition(start_date=f"{START}-00:00", end_offset=1)
@@ -17,7 +24,11 @@ IN_PROGRESS = [
 ]
 SEQUENCER = "sequencer"
 """The pool of everything that appends to the log: one step at a time."""
-BACKFILL = dg.BackfillPolicy.multi_run(max_partitions_per_run=744)
+RANGE = 744
+"""Partitions of one run, at most: a month of hours."""
+BACKFILL = dg.BackfillPolicy.multi_run(max_partitions_per_run=RANGE)
+RECONCILES_TAG = "render_platform/reconciles"
+"""On runs of the job `reconcile`: the run queue starts one of them at a time, so that a flush always finds a place."""
 
 
 def hour_key(hour_us: int) -> str:
@@ -27,6 +38,29 @@ def hour_key(hour_us: int) -> str:
 
 def hour_of_key(key: str) -> int:
     return time_us(f"{key[:10]}T{key[11:]}:00Z")
+
+
+def tags_of(first_us: int, last_us: int) -> dict[str, str]:
+    """The tags of a run over the hours from `first_us` through `last_us`."""
+    return {ASSET_PARTITION_RANGE_START_TAG: hour_key(first_us), ASSET_PARTITION_RANGE_END_TAG: hour_key(last_us)}
+
+
+def hours_of(run: dg.DagsterRun) -> range:
+    """The hours that a run is over; empty where it is over none."""
+    key = run.tags.get(PARTITION_NAME_TAG, "")
+    first, last = run.tags.get(ASSET_PARTITION_RANGE_START_TAG, key), run.tags.get(ASSET_PARTITION_RANGE_END_TAG, key)
+    return range(hour_of_key(first), hour_of_key(last) + HOUR_US, HOUR_US) if first and last else range(0)
+
+
+def ranges(hours_us: Iterable[int]) -> list[tuple[int, int]]:
+    """Hours as ranges without holes, first and last hour, in order; each at most RANGE hours."""
+    found: list[tuple[int, int]] = []
+    for hour in sorted(hours_us):
+        if found and found[-1][1] + HOUR_US == hour < found[-1][0] + RANGE * HOUR_US:
+            found[-1] = (found[-1][0], hour)
+        else:
+            found.append((hour, hour))
+    return found
 
 
 def day_of_key(key: str) -> tuple[int, int]:
@@ -45,6 +79,7 @@ flush = dg.define_asset_job(
 reconcile = dg.define_asset_job(
     "reconcile",
     selection=dg.AssetSelection.assets("reconciliation"),
+    run_tags={RECONCILES_TAG: "yes"},
     description="Reconcile hours of the slow path with ClickHouse.",
 )
 repair = dg.define_asset_job(

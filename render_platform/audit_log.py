@@ -70,7 +70,7 @@ class AuditLog:
             self._cas.put(data)
             if self._commit(head, draft, data, mark):
                 return int(head.size)
-        raise SequencerStopped("other writers took the log's head five times in a row", "run the command again")
+        raise _taken()
 
     def publish(self) -> Checkpoint | None:
         """Make everything committed visible under a signed checkpoint; None while the log is empty.
@@ -78,7 +78,17 @@ class AuditLog:
         Rolls forward whatever an earlier crash left between commit and publication. Safe to repeat.
         Raises SequencerStopped where the published checkpoint is not one of this database's.
         """
-        standing = self._compare()
+        for _ in range(_ATTEMPTS):
+            standing = self._compare()
+            try:
+                return self._publish(standing)
+            except SequencerStopped:
+                if self._published_bytes() == standing:  # else another sequencer has published: compare with that
+                    raise
+        raise _taken()
+
+    def _publish(self, standing: bytes | None) -> Checkpoint | None:
+        """`standing` is the checkpoint that was compared."""
         with self._database.read() as connection:
             head = _head(connection)
         if head.size == 0:
@@ -170,9 +180,8 @@ class AuditLog:
             head = _head(connection)
             last = connection.execute(sa.select(sa.func.max(checkpoints.c.size))).scalar() or 0
             if published is None and last:
-                return SequencerStopped(
-                    f"log/checkpoint is missing, and size {last} was published", "restore the log folder"
-                )
+                missing = f"log/checkpoint is missing, and size {last} was published"
+                return SequencerStopped(missing, "restore the log folder")
             if published is None:
                 return None
             if published.size > head.size:
@@ -194,11 +203,9 @@ class AuditLog:
         return None
 
     def _head_and_index(self, kind: str, batch_id: str) -> tuple[Any, int | None]:
+        query = sa.select(log_entries.c.log_index).filter_by(type=kind, batch_id=batch_id)
         with self._database.read() as connection:
-            known = connection.execute(
-                sa.select(log_entries.c.log_index).filter_by(type=kind, batch_id=batch_id)
-            ).scalar()
-            return _head(connection), known
+            return _head(connection), connection.execute(query).scalar()
 
     def _commit(self, head: Any, draft: AuditEntry, data: bytes, mark: Mark) -> bool:
         """Step 3. False where another sequencer has moved the head meanwhile: nothing was written."""
@@ -208,25 +215,12 @@ class AuditLog:
             moved = connection.execute(
                 log_head.update()
                 .where(log_head.c.size == head.size, log_head.c.root == head.root, log_head.c.epoch == head.epoch)
-                .values(
-                    size=peaks.size,
-                    peaks=peaks.to_bytes(),
-                    root=peaks.root(),
-                    last_entry_digest=digest_of(data),
-                )
+                .values(size=peaks.size, peaks=peaks.to_bytes(), root=peaks.root(), last_entry_digest=digest_of(data))
             )
             if moved.rowcount != 1:
                 return False
-            connection.execute(
-                log_entries.insert().values(
-                    log_index=head.size,
-                    type=draft.type,
-                    batch_id=draft.batch_id,
-                    hour_us=draft.recorded_hour,
-                    entry=data,
-                    leaf_hash=leaf,
-                )
-            )
+            named = {"type": draft.type, "batch_id": draft.batch_id, "hour_us": draft.recorded_hour}
+            connection.execute(log_entries.insert().values(log_index=head.size, **named, entry=data, leaf_hash=leaf))
             mark(connection, head.size)
         return True
 
@@ -367,6 +361,10 @@ def create_head(database: Database) -> int:
                 )
             )
     return 0
+
+
+def _taken() -> SequencerStopped:
+    return SequencerStopped("other writers took the log's head five times in a row", "run the command again")
 
 
 def _head(connection: sa.Connection) -> Any:

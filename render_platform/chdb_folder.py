@@ -1,12 +1,41 @@
-"""Who may open a chdb folder, and where the one who has it serves it to others."""
+"""Where ClickHouse is: a server, or a chdb folder with the one process that may open it, which serves it to others.
+
+`open_client` gives a client of the driver for a DSN; `translated` says what the driver's errors mean, without secrets.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
+
+import clickhouse_connect
+import pyarrow as pa
+from clickhouse_connect.driver.exceptions import ClickHouseError
+from clickhouse_connect.driver.httputil import default_pool_manager
+from urllib3.exceptions import HTTPError
+
+from render_platform.errors import Unavailable, UsageError
+
+OLDEST_SERVER = [24, 8]
+_NO_DSN = "this is no ClickHouse DSN", "give chdb:///folder or http(s)://user:password@host:port"
+_TOO_OLD = "ClickHouse is too old or unsupported", "24.8 or newer is needed"
+
+DRIVER_ERRORS = (ClickHouseError, HTTPError, OSError, pa.ArrowException, ImportError)
+_BOUNDED = ("result", "read", "group_by", "sort", "timeout")
+_NO_PARTIAL_RESULTS = {f"{what}_overflow_mode": "throw" for what in _BOUNDED}
+_INSERT_SETTINGS = {
+    "async_insert": 0,
+    "insert_deduplicate": 1,
+    "deduplicate_blocks_in_dependent_materialized_views": 1,
+    "max_partitions_per_insert_block": 1_000,
+}
 
 BRIDGE_USER = "bridge"
 """The user in the URL of a bridge."""
@@ -65,3 +94,135 @@ class FolderLock:
             if not self._users:
                 del self._owned[self._folder]
                 os.close(self._descriptor)
+
+
+class Connection:
+    """Calls of the driver to one database: one after another where the engine is in this process, errors translated."""
+
+    def __init__(self, client: Any, dsn: str, database: str, lock: FolderLock | None = None) -> None:
+        """`lock` belongs to it where the engine is in this process, and goes with `close`."""
+        self._client, self._dsn, self._database, self._lock = client, dsn, database, lock
+        self._turn: AbstractContextManager[Any] = threading.Lock() if lock else nullcontext()
+
+    def close(self) -> None:
+        """Let go of the folder or the connections; harmless when repeated. Call nothing after it."""
+        self._client.close()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """One call of the driver, with its errors translated."""
+        with translated(self._dsn), self._turn:
+            try:
+                yield
+            except DRIVER_ERRORS:
+                if self._lock is not None:
+                    with suppress(*DRIVER_ERRORS):  # chdb puts what a failed query had written before the next answer
+                        self._client.raw_query("SELECT 1")
+                raise
+
+    def _query(self, sql: str, **values: Any) -> pa.Table:
+        with self._calling():
+            return self._client.query_arrow(sql, parameters=values)
+
+    def _one(self, sql: str, **values: Any) -> Any:
+        for row in self._query(sql, **values).to_pylist():
+            return next(iter(row.values()))
+        raise Unavailable("a table of ClickHouse is missing", "see that nothing else changes this database")
+
+    def _command(self, sql: str, **values: Any) -> None:
+        with self._calling():
+            self._client.command(sql, parameters=values)
+
+    def _insert(self, name: str, table: pa.Table, token: str) -> None:
+        if table.num_rows:
+            settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token}
+            with self._calling():
+                self._client.insert_arrow(name, table.combine_chunks(), settings=settings)
+
+
+def open_client(dsn: str) -> tuple[Any, str, FolderLock | None]:
+    """A client, the DSN that it speaks to, and the lock to release where the engine is in this process.
+
+    A folder that another process owns is reached through that one's bridge. Raises UsageError for what is no DSN,
+    Unavailable for everything else.
+    """
+    with translated(dsn):
+        return _open_folder(dsn) if dsn.startswith("chdb://") else (_connect(dsn), dsn, None)
+
+
+def _open_folder(dsn: str) -> tuple[Any, str, FolderLock | None]:
+    """A client of the folder's engine, the DSN that it has become, and the lock where the engine is in this process."""
+    rest = dsn.removeprefix("chdb://")
+    if not rest or "?" in rest:
+        raise UsageError(*_NO_DSN)
+    folder = Path(rest).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock.take(folder)
+    if lock is None:
+        with suppress(FileNotFoundError):
+            url = FolderLock.url_file(folder).read_text()
+            with translated(url):
+                # The default pool: a proxy that the environment names is not for loopback, nor to see the token.
+                return _connect(url, pool_mgr=default_pool_manager()), url, None
+        raise Unavailable(*OWNED)
+    try:
+        client = clickhouse_connect.get_client(interface="chdb", path=str(folder), settings=_NO_PARTIAL_RESULTS)
+    except BaseException:  # whatever it was: the folder is let go of, and the error goes on
+        lock.release()
+        raise
+    return client, dsn, lock
+
+
+def _connect(dsn: str, **options: Any) -> Any:
+    scheme = dsn.partition("://")[0]
+    if scheme not in ("http", "https"):
+        raise UsageError(*_NO_DSN)
+    if "@" in urlsplit(dsn).path:  # an unencoded / in a password: what follows it would be shown as a path
+        raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it")
+    options |= {"settings": _NO_PARTIAL_RESULTS, "interface": scheme, "autogenerate_session_id": False}
+    options |= {"connect_timeout": 5, "send_receive_timeout": 60}
+    try:
+        return clickhouse_connect.get_client(dsn=dsn, **options)
+    except ValueError:  # a port or an option; its text may quote a password
+        raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it") from None
+
+
+@contextmanager
+def translated(dsn: str) -> Iterator[None]:
+    """Turn what the driver raises into Unavailable; the cause is left out because it may hold secrets."""
+    try:
+        yield
+    except DRIVER_ERRORS as error:
+        message, remedy = _explain(str(error), dsn)
+        raise Unavailable(message, remedy) from None
+
+
+def _explain(text: str, dsn: str) -> tuple[str, str]:
+    if "Unknown identifier: readonly" in text:
+        return _TOO_OLD
+    if "Error initializing EmbeddedServer" in text:
+        return f"the embedded ClickHouse did not open: most likely {OWNED[0]}", OWNED[1]
+    if "EmbeddedServer already initialized" in text:
+        return "this process has another embedded ClickHouse open", "close it first: a process has one folder"
+    where = "the server and its address, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
+    if dsn.startswith("chdb:"):
+        where = "that its folder can be written, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
+    elif urlsplit(dsn).username == BRIDGE_USER:
+        where = "that the process that owns the embedded database still runs, and repeat this"
+    return f"ClickHouse failed: {_scrubbed(text, dsn)}", f"check {where}"
+
+
+def _scrubbed(text: str, dsn: str) -> str:
+    """The first line of an error, without the DSN and what its password is, plain or encoded."""
+    secret = urlsplit(dsn).password if not dsn.startswith("chdb:") else None
+    for hidden in filter(None, (dsn, secret, unquote(secret or ""))):
+        text = text.replace(hidden, "***")
+    return " ".join(text.split("\n", 1)[0].split())[:300]
+
+
+def require_version(version: str) -> None:
+    if [int(number) for number in re.findall(r"\d+", version)[:2]] < OLDEST_SERVER:
+        raise Unavailable(*_TOO_OLD)

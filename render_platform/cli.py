@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ import click
 
 from render_platform import __version__, bridge, console
 from render_platform import up as everything
+from render_platform.clickhouse import open_clickhouse, pending_migrations
 from render_platform.clock import DAY_US, hours_between, iso
 from render_platform.config import load_settings
 from render_platform.demo import Demo
-from render_platform.errors import UsageError
+from render_platform.errors import Finding, SequencerStopped, Unavailable, UsageError
 from render_platform.evidence_commands import COMMANDS
 from render_platform.gateway.commands import config_option, key, serve, status
 from render_platform.note import load_key
 from render_platform.options import Group, Time, json_option, plain, print_json, state_option
-from render_platform.pipeline import open_platform
+from render_platform.pipeline import Platform, open_platform
 from render_platform.reconciliation import HourReport, worst
 from render_platform.traces import generated_trace, read_trace
 
@@ -91,21 +93,55 @@ def clickhouse(state: Path | None, port: int) -> None:
 
 
 @main.command()
+@click.option("--check", is_flag=True, help="Change nothing: say what is pending, and exit 1 where something is.")
 @state_option
-@click.option("--from", "start", type=Time(), help="The first hour, such as 2023-11-16T18:00Z.")
-@click.option("--to", "end", type=Time(), help="The time before which the last hour begins.")
+@json_option
+def migrate(check: bool, state: Path | None, as_json: bool) -> None:
+    """Bring ClickHouse's tables to this version. Whatever opens ClickHouse does so too."""
+    settings = load_settings(state_dir=state)
+    if not settings.clickhouse_dsn and not settings.database_path.exists():
+        raise UsageError(f"{settings.state_dir} holds no platform state", "give --state DIR, or name a server")
+    found = pending_migrations(settings.clickhouse_url, settings.clickhouse_database)
+    if not check:
+        open_clickhouse(settings.clickhouse_url, settings.clickhouse_database, settings.retention_days).close()
+    if as_json:
+        print_json({"applied": not check, "migrations": [{"number": one.number, "name": one.name} for one in found]})
+    else:
+        for one in found:
+            click.echo(f"{'pending' if check else 'done'}: {one.number} {one.name}")
+        click.echo(f"{len(found)} migrations {'pending' if check else 'done'}")
+    sys.exit(1 if check and found else 0)
+
+
+def _range_options(command: Callable[..., None]) -> Callable[..., None]:
+    command = click.option("--to", "end", type=Time(), help="The time before which the last hour begins.")(command)
+    return click.option("--from", "start", type=Time(), help="The first hour, such as 2023-11-16T18:00Z.")(command)
+
+
+def _hours_of(platform: Platform, start: int | None, end: int | None) -> list[int]:
+    """Every hour of a whole range; otherwise those that hold events or were declared empty."""
+    if start is not None and end is not None:
+        if start >= end:
+            raise UsageError("--from is not before --to", "give a range that holds at least one hour")
+        if end - start > MAX_RANGE_US:
+            raise UsageError("--from and --to are more than ten years apart", "give a shorter range")
+        return list(hours_between(start, end))
+    hours = platform.hours.known(start, end)
+    if not hours and (start is not None or end is not None):
+        raise UsageError("no hour of this range holds events", "give a range that the state folder covers")
+    return hours
+
+
+@main.command()
+@state_option
+@_range_options
 @json_option
 def reconcile(state: Path | None, start: int | None, end: int | None, as_json: bool) -> None:
     """Reconcile hours of the slow path with ClickHouse: every hour that holds events, or those of a range."""
-    if start is not None and end is not None and start >= end:
-        raise UsageError("--from is not before --to", "give a range that holds at least one hour")
     with console.progress_bars() as progress, open_platform(load_settings(state_dir=state)) as platform:
-        if start is not None and end is not None and end - start > MAX_RANGE_US:
-            raise UsageError("--from and --to are more than ten years apart", "reconcile a shorter range")
-        whole = start is not None and end is not None
-        hours = list(hours_between(start or 0, end or 0)) if whole else platform.hours.known(start, end)
-        if not hours and (start is not None or end is not None):
-            raise UsageError("no hour of this range holds events", "give a range that the state folder covers")
+        hours = _hours_of(platform, start, end)
+        if start is None and end is None:
+            hours = sorted({*hours, *_unrecorded(platform, hours)})
         reports = []
         for done, hour in enumerate(hours):
             progress("reconcile", done, len(hours))
@@ -117,6 +153,63 @@ def reconcile(state: Path | None, start: int | None, end: int | None, as_json: b
     else:
         click.echo("no hour holds events yet")
     sys.exit(STATUS_EXIT[worst(report.status for report in reports)] if reports else 0)
+
+
+def _unrecorded(platform: Platform, known: Sequence[int]) -> list[int]:
+    """Hours of which only ClickHouse holds rows. Where it cannot be read, each of the known hours says so."""
+    try:
+        return platform.reconciler.unrecorded()
+    except Unavailable:
+        if not known:
+            raise
+        return []
+
+
+@main.command()
+@state_option
+@_range_options
+@click.option("--plan", is_flag=True, help="Change nothing: say what would be done, and exit 1 where something would.")
+@json_option
+def repair(state: Path | None, start: int | None, end: int | None, plan: bool, as_json: bool) -> None:
+    """Make ClickHouse hold what the slow path has: insert what is missing, rebuild days in which more differs."""
+    found: list[tuple[dict[str, Any], int]] = []
+    with console.progress_bars() as progress, open_platform(load_settings(state_dir=state)) as platform:
+        hours = _hours_of(platform, start, end)
+        if start is None or end is None:
+            hours = [hour for hour in hours if not platform.reconciler.expired(hour)]
+        for done, hour in enumerate(hours):
+            progress("repair", done, len(hours))
+            found.append(_planned(platform, hour) if plan else _repaired(platform, hour))
+    good = {"way": "nothing", "why": "", "after": "reconciled"}
+    rows = [row for row, _ in found if any(row.get(name, value) != value for name, value in good.items())]
+    if as_json:
+        print_json(rows)
+    else:
+        console.print_repairs(console.person(), rows, len(hours), plan)
+    codes = {code for _, code in found}
+    sys.exit(1 if 1 in codes else max(codes, default=0))
+
+
+def _planned(platform: Platform, hour_us: int) -> tuple[dict[str, Any], int]:
+    """What a repair of an hour would do, and the exit code that stands for it."""
+    plan = platform.reconciler.plan(hour_us)
+    row = {"hour": iso(hour_us), "way": plan.way, "events": plan.insert, "before": plan.report.status}
+    code = 1 if plan.way != "nothing" else 3 if plan.refused else 0
+    return {**row, "unfinished": plan.unfinished, "why": plan.refused}, code
+
+
+def _repaired(platform: Platform, hour_us: int) -> tuple[dict[str, Any], int]:
+    """What the repair of an hour did, and the exit code that stands for it."""
+    try:
+        outcome = platform.repair(hour_us)
+    except SequencerStopped:  # no other hour can be logged either
+        raise
+    except (Unavailable, Finding) as error:
+        row = {"hour": iso(hour_us), "way": "nothing", "events": 0, "before": "", "after": "unavailable"}
+        return {**row, "why": str(error)}, error.exit_code
+    row = {"hour": iso(hour_us), "way": outcome.way, "events": outcome.inserted, "before": outcome.before.status}
+    code = 3 if outcome.refused else STATUS_EXIT[outcome.after.status]
+    return {**row, "after": outcome.after.status, "why": outcome.refused}, code
 
 
 def _report_json(report: HourReport) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""ClickHouse, the fast path's store: usage events as they were recorded, and their rollup by minute.
+"""ClickHouse, the fast path's store: usage events as they were recorded, their rollups, and verdicts for dashboards.
 
 One client API for both kinds of DSN: `chdb:///folder` (the engine in this process, or the bridge of the process that
 owns the folder) and `http(s)://user:password@host:port` (a server, 24.8 or newer). What holds for both:
@@ -13,79 +13,88 @@ owns the folder) and `http(s)://user:password@host:port` (a server, 24.8 or newe
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import Any, TypeVar
 
-import clickhouse_connect
 import pyarrow as pa
-from clickhouse_connect.driver.exceptions import ClickHouseError
-from clickhouse_connect.driver.httputil import default_pool_manager
-from urllib3.exceptions import HTTPError
+import pyarrow.compute as pc
 
-from render_platform.chdb_folder import BRIDGE_USER, OWNED, FolderLock
+from render_platform.chdb_folder import Connection, open_client, require_version
 from render_platform.clickhouse_schema import (
+    CUSTOMER_QUERY,
+    DEVICE_QUERY,
+    EVENTS,
+    HOUR,
+    HOURS_QUERY,
+    KEPT,
     LATENCY_QUERY,
     MIGRATIONS,
     MIGRATIONS_TABLE,
-    MINUTE_RANGE,
-    MINUTE_SELECT,
+    MINUTE,
+    QUEUE_QUERY,
     RANGE,
+    REPORT_SCHEMA,
+    REPORTS_QUERY,
     ROLLUP_QUERY,
     ROLLUP_SCHEMA,
+    ROLLUPS,
+    ROW_COUNT_QUERY,
+    ROW_VALUES_QUERY,
+    ROW_VALUES_SCHEMA,
     ROWS_OF_KEYS,
     ROWS_ORDER,
     ROWS_QUERY,
     WINDOW_SCHEMA,
     WINDOWS_QUERY,
+    CustomerUsage,
+    DeviceHour,
+    Latency,
+    Migration,
+    QueueHealth,
+    Rollup,
+    Stored,
 )
-from render_platform.clock import US_PER_SECOND
-from render_platform.errors import Unavailable, UsageError
+from render_platform.clickhouse_schema import ReportRow as ReportRow  # what reconciliation writes
+from render_platform.clock import DAY_US, US_PER_SECOND, WINDOW_US
+from render_platform.errors import Finding, Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA, Totals, require_schema
 
-MINUTE_US = 60 * US_PER_SECOND
-OLDEST_SERVER = [24, 8]
-_NO_DSN = "this is no ClickHouse DSN", "give chdb:///folder or http(s)://user:password@host:port"
-_TOO_OLD = "ClickHouse is too old or unsupported", "24.8 or newer is needed"
-
-_DRIVER_ERRORS = (ClickHouseError, HTTPError, OSError, pa.ArrowException, ImportError)
-_BOUNDED = ("result", "read", "group_by", "sort", "timeout")
-_NO_PARTIAL_RESULTS = {f"{what}_overflow_mode": "throw" for what in _BOUNDED}
-_INSERT_SETTINGS = {
-    "async_insert": 0,
-    "insert_deduplicate": 1,
-    "deduplicate_blocks_in_dependent_materialized_views": 1,
-    "max_partitions_per_insert_block": 1_000,
-}
+STORED: tuple[Stored, ...] = (EVENTS, *ROLLUPS)
+FILL_ATTEMPTS = 5
+MAX_US = 2**62
+ROWS_AT_ONCE = 500_000
+_Row = TypeVar("_Row")
+_DAY_S = DAY_US // US_PER_SECOND
+_STAGING = "staging_"
+_SPILL_BYTES = 1 << 30
+_AGAIN = "SETTINGS insert_deduplicate = 0"
+"""Of an insert that repeats what was inserted before and is gone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Estimated quantiles (t-digest) of a model's time from request to answer."""
-
-    model_name: str
-    events: int
-    p50_us: int
-    p90_us: int
-    p99_us: int
+def pending_migrations(dsn: str, database: str) -> list[Migration]:
+    """What `open_clickhouse` would run; changes nothing. Errors are the same."""
+    if dsn.startswith("chdb://") and not Path(dsn.removeprefix("chdb://")).is_dir():
+        return list(MIGRATIONS)
+    with closing(_connected(dsn, database)) as clickhouse:
+        return clickhouse.pending()
 
 
 def open_clickhouse(dsn: str, database: str, retention_days: int = 0) -> ClickHouse:
     """Connect, create the database where there is none, and migrate it.
 
-    `retention_days` sets how long both tables keep rows; 0 keeps all, and takes an earlier limit away.
+    `retention_days` sets how long the tables keep rows; 0 keeps all, and takes an earlier limit away.
     Raises UsageError for a DSN or name that cannot be used, Unavailable for everything else.
     """
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", database):
-        raise UsageError(f"{database!r} is not a database name", "use letters, digits and underscores")
-    with _translated(dsn):
-        client, dsn, lock = _open_folder(dsn) if dsn.startswith("chdb://") else (_connect(dsn), dsn, None)
-    clickhouse = ClickHouse(client, dsn, database, lock)
+    clickhouse = _connected(dsn, database)
     try:
         clickhouse.prepare(retention_days)
     except BaseException:  # whatever ended it: the folder is released, and the error goes on
@@ -94,37 +103,71 @@ def open_clickhouse(dsn: str, database: str, retention_days: int = 0) -> ClickHo
     return clickhouse
 
 
-class ClickHouse:
-    """The rules on top of this module hold for every method."""
+def _connected(dsn: str, database: str) -> ClickHouse:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", database):
+        raise UsageError(f"{database!r} is not a database name", "use letters, digits and underscores")
+    client, dsn, lock = open_client(dsn)
+    return ClickHouse(client, dsn, database, lock)
 
-    def __init__(self, client: Any, dsn: str, database: str, lock: FolderLock | None = None) -> None:
-        """`lock` belongs to it where the engine is in this process, and goes with `close`."""
-        self._client, self._dsn, self._database, self._lock = client, dsn, database, lock
-        self._turn: AbstractContextManager[Any] = threading.Lock() if lock else nullcontext()
+
+class ClickHouse(Connection):
+    """The rules on top of this module hold for every method."""
 
     def prepare(self, retention_days: int) -> None:
         """Create the database, its tables and their retention where they are not so already."""
-        _require_version(self._client.server_version)
         known = "SELECT count() FROM system.databases WHERE name = {name:String}"
+        require_version(self._client.server_version)
         if not self._one(known, name=self._database):
             self._command(f"CREATE DATABASE IF NOT EXISTS `{self._database}`")
         self._client.database = self._database
         self.migrate()
-        for table, column in (("usage_events", "recorded_at"), ("usage_minute", "minute")):
+        for table, column in KEPT.items():
             self._keep_for(retention_days, table, column)
 
-    def migrate(self) -> None:
-        """Run the migrations that the database does not name yet; safe to repeat after a crash in it."""
-        self._command(MIGRATIONS_TABLE)
-        done = set(self._query("SELECT number FROM schema_migrations").column("number").to_pylist())
-        if unknown := done - {number for number, _, _ in MIGRATIONS}:
+    def pending(self) -> list[Migration]:
+        """The migrations that the database does not name yet. Unavailable where it names one that is not known here."""
+        require_version(self._client.server_version)
+        query = "SELECT count() FROM system.tables WHERE database = {db:String} AND name = 'schema_migrations'"
+        done: set[int] = set()
+        if self._one(query, db=self._database):
+            found = self._query(f"SELECT number FROM `{self._database}`.schema_migrations")  # noqa: S608
+            done = set(found.column("number").to_pylist())
+        if unknown := done - {migration.number for migration in MIGRATIONS}:
             raise Unavailable(f"migration {max(unknown)} is not known here", "install a newer version")
+        return [migration for migration in MIGRATIONS if migration.number not in done]
+
+    def migrate(self) -> None:
+        """Run what is pending; safe to repeat after a crash in it, and safe in several processes at once.
+
+        Writers may go on, but for one thing: a rollup that is new is filled from the rows that stand, day by day, and
+        a day that is written to meanwhile is filled again. Unavailable where that comes to no end: stop them then. The
+        new rollup knows no earlier token: a batch that was sent before and is sent again after is counted twice there.
+        """
+        self._command(MIGRATIONS_TABLE)
         insert = "INSERT INTO schema_migrations SELECT {number:UInt32}, {name:String}"
-        for number, name, statements in MIGRATIONS:
-            if number not in done:
-                for statement in statements:
-                    self._command(statement)
-                self._command(insert, number=number, name=name)
+        for migration in self.pending():
+            for statement in migration.statements:
+                self._command(statement)
+            if migration.fills:
+                self._fill(migration.fills)
+            # A crash before this: the migration runs again from its first statement. After it: it is done.
+            self._command(insert, number=migration.number, name=migration.name)
+
+    def _fill(self, rollup: Rollup) -> None:
+        """The view counts what is inserted from its creation on; what stood before is added a day at a time."""
+        for _ in range(FILL_ATTEMPTS):
+            filled = self._by_day(rollup)  # read before the rows: where it equals them, nothing was lost or doubled
+            days = [day for day, rows in self._by_day(EVENTS).items() if filled.get(day) != rows]
+            if not days:
+                return
+            for day in days:
+                with self._staging(day, (rollup,)) as staging:
+                    self._stage(rollup, staging, EVENTS.table, EVENTS.on(day))
+                    self._swap(rollup, staging, day)
+        raise Unavailable(
+            f"rows arrived while {rollup.table} was filled",
+            "stop what writes to ClickHouse and run `render-platform migrate`",
+        )
 
     def _keep_for(self, days: int, table: str, column: str) -> None:
         query = "SELECT engine_full FROM system.tables WHERE database = {db:String} AND name = {name:String}"
@@ -144,18 +187,15 @@ class ClickHouse:
         require_schema(table.schema)
         if not token:
             raise UsageError("an insert needs a deduplication token", "name the batch")
-        if table.num_rows:
-            settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token}
-            with self._calling():
-                self._client.insert_arrow("usage_events", table.combine_chunks(), settings=settings)
+        self._insert(EVENTS.table, table, token)
 
     def window_aggregates(self, start_us: int, end_us: int) -> pa.Table:
-        """WINDOW_SCHEMA from the raw rows: `window` counts 300 s since 1970; the id sums wrap at 2^64."""
+        """WINDOW_SCHEMA from the raw rows: `window` counts 300 s since 1970; sums of ids and rows wrap at 2^64."""
         return _typed(self._query(WINDOWS_QUERY, start=start_us, end=end_us), WINDOW_SCHEMA)
 
     def rollup_aggregates(self, start_us: int, end_us: int) -> pa.Table:
         """ROLLUP_SCHEMA from the rollup; UsageError unless both ends are whole minutes."""
-        return _typed(self._query(ROLLUP_QUERY, **_minutes(start_us, end_us)), ROLLUP_SCHEMA)
+        return _typed(self._query(ROLLUP_QUERY, **_seconds(MINUTE, start_us, end_us)), ROLLUP_SCHEMA)
 
     def rows(self, start_us: int, end_us: int, keys: Sequence[tuple[str, str]] | None = None) -> pa.Table:
         """Rows of EVENT_SCHEMA by event_id, duplicates kept; `keys` are (customer_ref, model_name)."""
@@ -164,6 +204,17 @@ class ClickHouse:
             values |= {"customers": [key[0] for key in keys], "models": [key[1] for key in keys]}
         sql = f"{ROWS_QUERY} {ROWS_OF_KEYS if keys is not None else ''} {ROWS_ORDER}"
         return _typed(self._query(sql, **values), EVENT_SCHEMA)
+
+    def row_values(self, start_us: int, end_us: int) -> Iterator[pa.Table]:
+        """ROW_VALUES_SCHEMA of every row, duplicates kept, in no order, about ROWS_AT_ONCE rows at a time."""
+        values = {"start": start_us, "end": end_us}
+        parts = 1 + self._one(ROW_COUNT_QUERY, **values) // ROWS_AT_ONCE
+        if parts > 1 and end_us - start_us > WINDOW_US:  # each part reads the whole range: take short ones
+            for start in range(start_us, end_us, WINDOW_US):
+                yield from self.row_values(start, min(start + WINDOW_US, end_us))
+            return
+        for part in range(parts):
+            yield _typed(self._query(ROW_VALUES_QUERY, **values, parts=parts, part=part), ROW_VALUES_SCHEMA)
 
     def totals(self, source: str | None = None) -> Totals:
         """How many rows there are, of one source or of all, and their exact GPU time in ns."""
@@ -178,140 +229,145 @@ class ClickHouse:
         found = self._query("SELECT toInt64(count() - uniqExact(event_id)) AS rows FROM usage_events")
         return int(found.column("rows")[0].as_py())
 
+    def hours_with_rows(self, start_us: int | None = None, end_us: int | None = None) -> list[int]:
+        """The first instants, in order, of the hours of [start, end) of which raw table or rollup holds rows."""
+        found = self._query(HOURS_QUERY, start=start_us or 0, end=MAX_US if end_us is None else end_us)
+        return [int(hour_us) for hour_us in found.column("hour_us").to_pylist()]
+
     def rebuild_rollup(self, start_us: int, end_us: int) -> None:
         """Make the rollup of [start, end), whole minutes that nobody writes to any more, from the raw rows again.
 
-        Other minutes may be written meanwhile. A crash after the deletion leaves a rollup that lacks rows, as before:
-        call it again. No token: it is no retry, and after a deletion an old token would insert nothing.
+        So is the one by hour, of the hours that lie in it whole. Other minutes may be written meanwhile. A crash after
+        a deletion leaves a rollup that lacks rows, as before: call it again. No token: it is no retry.
         """
-        values = _minutes(start_us, end_us)
-        self._command(f"ALTER TABLE usage_minute DELETE WHERE {MINUTE_RANGE} SETTINGS mutations_sync = 2", **values)
-        self._command(
-            f"INSERT INTO usage_minute {MINUTE_SELECT.replace('GROUP BY', f'WHERE {RANGE} GROUP BY')}",
-            start=start_us,
-            end=end_us,
-        )
+        _seconds(MINUTE, start_us, end_us)
+        for rollup in ROLLUPS:
+            start, end = -(-start_us // rollup.unit_us) * rollup.unit_us, end_us - end_us % rollup.unit_us
+            if start < end:
+                delete = f"ALTER TABLE {rollup.table} DELETE WHERE {rollup.range} SETTINGS mutations_sync = 2"
+                self._command(delete, **_seconds(rollup, start, end))
+                self._command(f"INSERT INTO {rollup.table} {_AGAIN} {rollup.select(where=RANGE)}", start=start, end=end)
+
+    def rebuild_day(self, day_us: int, tables: Iterable[pa.Table], expected: Totals) -> None:
+        """Replace the rows of one UTC day, raw and in every rollup, by those of `tables`, which are of EVENT_SCHEMA.
+
+        For a day that nobody writes to any more: what arrives in it meanwhile is lost. One table is in memory at a
+        time. Finding where a row is of another day or an event stands twice; Unavailable where what arrived is not
+        `expected`. Until all is staged and counted nothing has changed; after an error or a crash later than that,
+        repeat it, and the day is whole. Tokens that were used for rows of this day mean nothing any more: an insert
+        under one of them may be dropped, so a later one needs a new token.
+        """
+        day, beyond = divmod(day_us, DAY_US)
+        if beyond or day < 0:
+            raise UsageError(f"{day_us} is not the first instant of a day", "give midnight, UTC")
+        self._drop_staging(f"{_STAGING}{day}_")  # of an attempt that died
+        with self._staging(day, STORED) as staging:
+            self._stage_events(staging, day, tables)
+            for rollup in ROLLUPS:
+                self._stage(rollup, staging, staging + EVENTS.table)
+            whole = {day: expected} if expected.events else {}
+            for stored in STORED:
+                self._require(stored, whole, staging)
+            # A crash before this: nothing has changed. Between two of them: rows and rollups differ. After the last:
+            # the day is whole. Repeated, all is swapped again.
+            for stored in STORED:
+                self._swap(stored, staging if whole else "", day)
+            for stored in STORED:
+                self._require(stored, whole, where=stored.on(day))
+
+    def _stage_events(self, staging: str, day: int, tables: Iterable[pa.Table]) -> None:
+        begin, end = (datetime.fromtimestamp(at * _DAY_S, UTC) for at in (day, day + 1))
+        for number, table in enumerate(tables):
+            require_schema(table.schema)
+            times = table.column("recorded_at")
+            if table.num_rows and not begin <= pc.min(times).as_py() <= pc.max(times).as_py() < end:
+                raise Finding(f"a batch of {begin:%Y-%m-%d} holds a row of another day", "verify the evidence first")
+            self._insert(staging + EVENTS.table, table, f"{staging}{number}")
+        twice = f"""SELECT toString(event_id) AS id FROM {staging}{EVENTS.table} GROUP BY event_id HAVING count() > 1
+            LIMIT 1 SETTINGS max_bytes_before_external_group_by = {_SPILL_BYTES}"""  # noqa: S608
+        if found := self._query(twice).column("id").to_pylist():
+            raise Finding(f"the batches of {begin:%Y-%m-%d} hold event {found[0]} twice", "verify the evidence first")
+
+    def _stage(self, rollup: Rollup, staging: str, source: str, where: str = "1") -> None:
+        self._command(f"INSERT INTO {staging}{rollup.table} {_AGAIN} {rollup.select(source, where)}")
+
+    def _swap(self, stored: Stored, staging: str, day: int) -> None:
+        """One partition at once, by that of staging; without any, by nothing."""
+        partition = f"PARTITION '{datetime.fromtimestamp(day * _DAY_S, UTC):%Y-%m-%d}'"
+        action = f"REPLACE {partition} FROM {staging}{stored.table}" if staging else f"DROP {partition}"
+        self._command(f"ALTER TABLE {stored.table} {action}")
+
+    def _require(self, stored: Stored, expected: dict[int, Totals], staging: str = "", where: str = "1") -> None:
+        if (found := self._by_day(stored, staging, where)) != expected:
+            raise Unavailable(
+                f"{staging}{stored.table} holds {found or 'nothing'} where {expected or 'nothing'} was expected",
+                "see that nothing writes to this day, and repeat this",
+            )
+
+    def _by_day(self, stored: Stored, staging: str = "", where: str = "1") -> dict[int, Totals]:
+        rows = self._query(stored.by_day(f"{staging}{stored.table}", where)).to_pylist()
+        return {row["day"]: Totals(row["rows"], int(row["ns"])) for row in rows}
+
+    @contextmanager
+    def _staging(self, day: int, stored: Iterable[Stored]) -> Iterator[str]:
+        """Empty tables like those of `stored`, for one attempt: what stands before their names."""
+        staging = f"{_STAGING}{day}_{secrets.token_hex(8)}_"
+        try:
+            for one in stored:
+                self._command(f"CREATE TABLE {staging}{one.table} AS {one.table}")
+            yield staging
+        finally:
+            with suppress(Unavailable):  # what is left goes with the next attempt
+                self._drop_staging(staging)
+
+    def _drop_staging(self, prefix: str) -> None:
+        query = """SELECT name FROM system.tables
+            WHERE database = {db:String} AND startsWith(name, {prefix:String})"""
+        for name in self._query(query, db=self._database, prefix=prefix).column("name").to_pylist():
+            self._command(f"DROP TABLE IF EXISTS `{name}` SYNC")
 
     def latency_quantiles(self, start_us: int, end_us: int) -> list[Latency]:
-        """One Latency a model, by name, from the rollup; UsageError unless both ends are whole minutes."""
-        found = self._query(LATENCY_QUERY, **_minutes(start_us, end_us)).to_pylist()
-        return [Latency(row["model_name"], row["events"], *row["quantiles"]) for row in found]
+        """One Latency a model, by name; UsageError unless both ends are whole minutes."""
+        return self._read(Latency, LATENCY_QUERY, **_seconds(MINUTE, start_us, end_us))
+
+    def customer_usage(self, start_us: int, end_us: int, customer_ref: str = "") -> list[CustomerUsage]:
+        """GPU time and tokens of one customer, or of all, by model; UsageError unless both ends are whole minutes."""
+        return self._read(CustomerUsage, CUSTOMER_QUERY, **_seconds(MINUTE, start_us, end_us), customer=customer_ref)
+
+    def queue_health(self, start_us: int, end_us: int) -> list[QueueHealth]:
+        """How jobs waited and ended, by model; UsageError unless both ends are whole hours."""
+        return self._read(QueueHealth, QUEUE_QUERY, **_seconds(HOUR, start_us, end_us))
+
+    def device_hours(self, start_us: int, end_us: int) -> list[DeviceHour]:
+        """By hour, device and model; UsageError unless both ends are whole hours."""
+        return self._read(DeviceHour, DEVICE_QUERY, **_seconds(HOUR, start_us, end_us))
+
+    def record_report(self, row: ReportRow) -> None:
+        """Keep a verdict for dashboards, in the place of an earlier one on the same hour and revision.
+
+        The token is the whole row's, its time included: a verdict that comes back is told again.
+        """
+        token = hashlib.sha256(json.dumps(asdict(row)).encode()).hexdigest()
+        self._insert("reconciliation_reports", pa.Table.from_pylist([asdict(row)], REPORT_SCHEMA), token)
+
+    def reports(self, start_us: int, end_us: int) -> list[ReportRow]:
+        """The last verdict of each revision of the hours that begin in [start, end), in order."""
+        return self._read(ReportRow, REPORTS_QUERY, start=start_us, end=end_us)
 
     def health(self) -> str:
         """The version that answers now."""
         return str(self._one("SELECT version()"))
 
-    def close(self) -> None:
-        """Let go of the folder or the connections; harmless when repeated. Call nothing after it."""
-        self._client.close()
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.release()
-
-    @contextmanager
-    def _calling(self) -> Iterator[None]:
-        """One call of the driver, with its errors translated."""
-        with _translated(self._dsn), self._turn:
-            try:
-                yield
-            except _DRIVER_ERRORS:
-                if self._lock is not None:
-                    with suppress(*_DRIVER_ERRORS):  # chdb puts what a failed query had written before the next answer
-                        self._client.raw_query("SELECT 1")
-                raise
-
-    def _query(self, sql: str, **values: Any) -> pa.Table:
-        with self._calling():
-            return self._client.query_arrow(sql, parameters=values)
-
-    def _one(self, sql: str, **values: Any) -> Any:
-        for row in self._query(sql, **values).to_pylist():
-            return next(iter(row.values()))
-        raise Unavailable("a table of ClickHouse is missing", "see that nothing else changes this database")
-
-    def _command(self, sql: str, **values: Any) -> None:
-        with self._calling():
-            self._client.command(sql, parameters=values)
+    def _read(self, kind: Callable[..., _Row], sql: str, **values: Any) -> list[_Row]:
+        """Rows whose columns are the fields of `kind`; sums come as decimals, exact."""
+        rows = self._query(sql, **values).to_pylist()
+        return [kind(**{k: int(v) if isinstance(v, Decimal) else v for k, v in row.items()}) for row in rows]
 
 
-def _open_folder(dsn: str) -> tuple[Any, str, FolderLock | None]:
-    """A client of the folder's engine, the DSN that it has become, and the lock where the engine is in this process."""
-    rest = dsn.removeprefix("chdb://")
-    if not rest or "?" in rest:
-        raise UsageError(*_NO_DSN)
-    folder = Path(rest).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock.take(folder)
-    if lock is None:
-        with suppress(FileNotFoundError):
-            url = FolderLock.url_file(folder).read_text()
-            with _translated(url):
-                # The default pool: a proxy that the environment names is not for loopback, nor to see the token.
-                return _connect(url, pool_mgr=default_pool_manager()), url, None
-        raise Unavailable(*OWNED)
-    try:
-        client = clickhouse_connect.get_client(interface="chdb", path=str(folder), settings=_NO_PARTIAL_RESULTS)
-    except BaseException:  # whatever it was: the folder is let go of, and the error goes on
-        lock.release()
-        raise
-    return client, dsn, lock
-
-
-def _connect(dsn: str, **options: Any) -> Any:
-    scheme = dsn.partition("://")[0]
-    if scheme not in ("http", "https"):
-        raise UsageError(*_NO_DSN)
-    if "@" in urlsplit(dsn).path:  # an unencoded / in a password: what follows it would be shown as a path
-        raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it")
-    options |= {"settings": _NO_PARTIAL_RESULTS, "interface": scheme, "autogenerate_session_id": False}
-    options |= {"connect_timeout": 5, "send_receive_timeout": 60}
-    try:
-        return clickhouse_connect.get_client(dsn=dsn, **options)
-    except ValueError:  # a port or an option; its text may quote a password
-        raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it") from None
-
-
-@contextmanager
-def _translated(dsn: str) -> Iterator[None]:
-    """Turn what the driver raises into Unavailable; the cause is left out because it may hold secrets."""
-    try:
-        yield
-    except _DRIVER_ERRORS as error:
-        message, remedy = _explain(str(error), dsn)
-        raise Unavailable(message, remedy) from None
-
-
-def _explain(text: str, dsn: str) -> tuple[str, str]:
-    if "Unknown identifier: readonly" in text:
-        return _TOO_OLD
-    if "Error initializing EmbeddedServer" in text:
-        return f"the embedded ClickHouse did not open: most likely {OWNED[0]}", OWNED[1]
-    if "EmbeddedServer already initialized" in text:
-        return "this process has another embedded ClickHouse open", "close it first: a process has one folder"
-    where = "the server and its address, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
-    if dsn.startswith("chdb:"):
-        where = "that its folder can be written, set by RENDER_PLATFORM_CLICKHOUSE_DSN"
-    elif urlsplit(dsn).username == BRIDGE_USER:
-        where = "that the process that owns the embedded database still runs, and repeat this"
-    return f"ClickHouse failed: {_scrubbed(text, dsn)}", f"check {where}"
-
-
-def _scrubbed(text: str, dsn: str) -> str:
-    """The first line of an error, without the DSN and what its password is, plain or encoded."""
-    secret = urlsplit(dsn).password if not dsn.startswith("chdb:") else None
-    for hidden in filter(None, (dsn, secret, unquote(secret or ""))):
-        text = text.replace(hidden, "***")
-    return " ".join(text.split("\n", 1)[0].split())[:300]
-
-
-def _require_version(version: str) -> None:
-    if [int(number) for number in re.findall(r"\d+", version)[:2]] < OLDEST_SERVER:
-        raise Unavailable(*_TOO_OLD)
-
-
-def _minutes(start_us: int, end_us: int) -> dict[str, int]:
-    if start_us % MINUTE_US or end_us % MINUTE_US:
-        raise UsageError("the rollup is by minute", "ask for a range that begins and ends on a minute")
+def _seconds(rollup: Rollup, start_us: int, end_us: int) -> dict[str, int]:
+    if start_us % rollup.unit_us or end_us % rollup.unit_us:
+        unit = rollup.time
+        raise UsageError(f"the rollup is by {unit}", f"ask for a range that begins and ends on a whole {unit}")
     return {"start": start_us // US_PER_SECOND, "end": end_us // US_PER_SECOND}
 
 

@@ -31,7 +31,7 @@ LABELS = {
     "replay": "replay: outbox and ClickHouse",
     "flush": "flush: seal, store, sign",
     "reconcile": "reconcile hours",
-    "repair": "repair what is missing",
+    "repair": "repair hours",
     "verify": "verify",
     "log": "verify the log's entries",
     "tiles": "verify the log's tiles",
@@ -46,6 +46,7 @@ LABELS = {
     "compare": "compare the hours",
 }
 COLOURS = {"reconciled": "green", "discrepant": "red", "pending": "yellow", "unavailable": "magenta"}
+REPAIR_WAYS = {"insert": "insert", "rollup": "rebuild the rollup", "rebuild": "rebuild the day", "nothing": "nothing"}
 MAX_LISTED = 20
 EXAMPLE_QUERY = "SELECT model_name, sum(gpu_time_ns) FROM usage_events GROUP BY ALL"
 
@@ -219,6 +220,24 @@ def print_reports(console: Console, reports: list[HourReport]) -> None:
     for report in reports:
         if report.error:
             console.print(f"{iso(report.hour_us)[:13]}h: {escape(report.error)}")
+
+
+def print_repairs(console: Console, rows: Sequence[Mapping[str, Any]], hours: int, plan: bool) -> None:
+    """What was done, or would be, an hour a line; `hours` were looked at."""
+    table = Table()
+    for name in ("hour (UTC)", *(("to do", "events", "status") if plan else ("done", "events", "before", "after"))):
+        table.add_column(name, justify="right" if name == "events" else "left")
+    for row in rows:
+        statuses = [row["before"]] if plan else [row["before"], row["after"]]
+        shown = (_coloured(status) if status else "" for status in statuses)
+        table.add_row(f"{row['hour'][:13]}h", REPAIR_WAYS[row["way"]], f"{row['events']:,}", *shown)
+    if rows:
+        console.print(table)
+    for row in rows:
+        if row["why"]:
+            console.print(f"{row['hour'][:13]}h: {escape(row['why'])}")
+    touched = sum(row["way"] != "nothing" for row in rows)
+    console.print(f"{_many(hours, 'hour')} looked at, {touched} {'to repair' if plan else 'repaired'}")
 
 
 def _coloured(status: str) -> str:

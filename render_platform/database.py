@@ -139,7 +139,7 @@ repairs = sa.Table(
     metadata,
     sa.Column("repair_id", sa.Text, primary_key=True),
     sa.Column("hour_us", sa.BigInteger, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),  # planned > logged | abandoned
+    sa.Column("state", sa.Text, nullable=False),  # planned > logged | abandoned; of a day: rebuilding > rebuilt
     sa.Column("event_ids", sa.LargeBinary, nullable=False),  # 16 bytes each, sorted
 )
 runs = sa.Table(

@@ -360,7 +360,8 @@ def _check_record(entry: AuditEntry, data: bytes) -> None:
     try:
         parts = record["windows"] if entry.type == "reconciliation" else [record]
         name = "events" if entry.type == "reconciliation" else "records"
-        said = (record["hour"], sum(p[name] for p in parts), sum(p["gpu_time_ns"] for p in parts))
+        hour = record["day" if record.get("kind") == "rebuild" else "hour"]
+        said = (hour, sum(p[name] for p in parts), sum(p["gpu_time_ns"] for p in parts))
     except (KeyError, TypeError) as error:
         raise Finding(f"is not the record of a {entry.type}") from error
     if said != (entry.recorded_hour, entry.records, entry.gpu_time_ns):

@@ -1,27 +1,34 @@
-"""The fast path against the slow one: the verdict on an hour, logged where it is final; and its repair."""
+"""The fast path against the slow one: the verdict on an hour, logged where it is final; and its repair.
+
+What is missing is inserted. Where anything else differs, the whole UTC day is rebuilt from its batches, once it is
+closed; until then a repair says from when on it can be. Rows of the current hour's open windows are never touched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import duckdb
+import pyarrow as pa
 import sqlalchemy as sa
+import structlog
 
 from render_platform.audit_log import AuditLog, Mark
 from render_platform.canonical import digest_of
 from render_platform.cas import Cas
-from render_platform.clickhouse import ClickHouse
-from render_platform.clock import DAY_US, WINDOW_US, Clock, iso
+from render_platform.clickhouse import ClickHouse, ReportRow
+from render_platform.clock import DAY_US, HOUR_US, US_PER_SECOND, WINDOW_US, Clock, iso
 from render_platform.config import Settings
 from render_platform.database import Database
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, Unavailable
 from render_platform.events import Key
-from render_platform.hours import Hours, mark_reported, mark_unchanged
+from render_platform.hours import Hours, mark_dirty, mark_reported, mark_unchanged
 from render_platform.reconciliation import (
+    CAUSES,
     HourReport,
     KeyFigures,
     RowDiff,
@@ -30,19 +37,55 @@ from render_platform.reconciliation import (
     diff_rows,
     unavailable_report,
 )
-from render_platform.repair import Repairs
-from render_platform.slow_path import SlowPath, of_keys
+from render_platform.repair import PLANNED, REBUILDING, Plan, Repairs, require_closed
+from render_platform.slow_path import SlowPath
 
 DuckDB = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
+_log = structlog.get_logger()
+_REBUILT = ("duplicated", "altered", "unexpected")
+"""Causes that only a rebuild takes away."""
+_UNRECORDED = "ClickHouse holds rows of this hour, and no lane recorded into it"
+
+
+MAX_IDS_A_PASS = 100_000
+"""Rows that one pass of an insert holds; it is repeated until nothing is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairPlan:
+    """What a repair of an hour would do, and the report that this was decided by."""
+
+    report: HourReport
+    insert: int = 0
+    """Events that are missing."""
+    rebuild: bool = False
+    """The hour's whole day, raw rows and rollups."""
+    rollup: bool = False
+    """The hour's rollup, from its raw rows."""
+    unfinished: str = ""
+    """The id of a repair that was cut off, which is finished first."""
+    refused: str = ""
+    """Why not all that differs can be repaired, and from when on it can."""
+
+    @property
+    def way(self) -> str:
+        """rebuild | insert | rollup | nothing. An insert mends the rollup as well."""
+        if self.rebuild:
+            return "rebuild"
+        if self.insert or self.unfinished:
+            return "insert"
+        return "rollup" if self.rollup else "nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class RepairOutcome:
-    """How many rows were inserted, and the report of the hour before and after."""
+    """How many rows were inserted, the report of the hour before and after, and the plan's `way` and `refused`."""
 
     inserted: int
     before: HourReport
     after: HourReport
+    way: str = "nothing"
+    refused: str = ""
 
 
 Reading = tuple[list[KeyFigures], dict[Key, RowDiff]]
@@ -81,7 +124,30 @@ class Reconciler:
         return self._open_clickhouse()
 
     def reconcile(self, hour_us: int) -> HourReport:
-        """The verdict on one hour. Logged where it is final and says something new; harmless to repeat."""
+        """The verdict on one hour. Logged where it is final and says something new; harmless to repeat.
+
+        Also told to ClickHouse, for dashboards, as far as that can be reached.
+        """
+        report = self._reconcile(hour_us)
+        if report.status == "pending" and not self.hours.known(hour_us, hour_us + HOUR_US):
+            with suppress(Unavailable):  # it stays pending, whatever ClickHouse holds
+                held = self.clickhouse.hours_with_rows(hour_us, hour_us + HOUR_US)
+                report = replace(report, error=_UNRECORDED) if held else report
+        try:
+            self.clickhouse.record_report(_row_of(report, self.clock.now_us()))
+        except Unavailable as error:
+            _log.warning("report_not_in_clickhouse", hour=iso(hour_us), error=str(error))
+        return report
+
+    def unrecorded(self) -> list[int]:
+        """Hours of which ClickHouse holds rows and the slow path nothing: neither events nor that there are none."""
+        known = set(self.hours.known())
+        return [hour for hour in self.clickhouse.hours_with_rows() if hour not in known]
+
+    def expired(self, hour_us: int) -> bool:
+        return bool(self._expired(hour_us))
+
+    def _reconcile(self, hour_us: int) -> HourReport:
         report, entries = self._judge(hour_us)
         if not report.final:
             return report
@@ -93,19 +159,66 @@ class Reconciler:
                 return report
             report = replace(report, revision=last.revision + 1)
         if not self._log_report(report, entries):
-            return self.reconcile(hour_us)  # another process reported the hour meanwhile, and it saw something else
+            return self._reconcile(hour_us)  # another process reported the hour meanwhile, and it saw something else
         return report
 
-    def repair(self, hour_us: int) -> RepairOutcome:
-        """Insert the hour's missing rows into ClickHouse, mend its rollup, log it, and reconcile again.
+    def plan(self, hour_us: int) -> RepairPlan:
+        """What `repair` would do now. Writes neither SQL nor ClickHouse nor the log."""
+        return self._planned(self._judge(hour_us)[0])
 
-        Raises Unavailable where a side cannot be read. Rows that are duplicated, altered or unexpected stay, and the
-        report after the repair still says so.
+    def _planned(self, report: HourReport) -> RepairPlan:
+        hour_us = report.hour_us
+        if report.status == "unavailable":
+            return RepairPlan(report, refused=report.error)
+        if report.status == "pending" and not self.hours.covered(hour_us):
+            return RepairPlan(
+                report, refused=f"no lane ever recorded into {iso(hour_us)[:13]}h: nothing says what it holds"
+            )
+        day_us, refused = _day_of(hour_us), ""
+        unfinished = self.repairs.unfinished(day_us, REBUILDING)
+        if unfinished or any(report.count(cause) for cause in _REBUILT):
+            try:
+                self._rebuildable(day_us)
+                return RepairPlan(report, rebuild=True, unfinished=unfinished)
+            except Unavailable as error:
+                refused = str(error)
+        return RepairPlan(
+            report,
+            insert=report.count("missing"),
+            rollup=not report.rollup_equal,
+            unfinished=self.repairs.unfinished(hour_us, PLANNED),
+            refused=refused,
+        )
+
+    def repair(self, hour_us: int) -> RepairOutcome:
+        """Make ClickHouse hold the hour as the slow path has it, log that, and reconcile again.
+
+        Raises Unavailable where a side cannot be read, or ClickHouse does not keep what it was given; Finding where a
+        batch is not what the log says. What may not be repaired yet stays: `refused` says why, and the report after it
+        is still discrepant.
         """
         before = _readable(self.reconcile(hour_us))
-        plan = self.repairs.plan(hour_us, before.missing, rollup=not before.rollup_equal)
-        if plan is None:
-            return RepairOutcome(0, before, before)
+        plan = self._planned(before)
+        if plan.way == "nothing":
+            return RepairOutcome(0, before, before, plan.way, plan.refused)
+        if plan.rebuild:
+            self._rebuild(_day_of(hour_us))
+            return RepairOutcome(0, before, self.reconcile(hour_us), plan.way)
+        inserted, report = 0, before
+        while (step := self._next_insert(report)) is not None:
+            rows, then = self._insert(step)
+            inserted += rows
+            if not (rows or step.resumed or _left(then) < _left(report)):
+                raise Unavailable(f"the repair of {iso(hour_us)} made no progress", "run it again")
+            report = then
+        return RepairOutcome(inserted, before, self.reconcile(hour_us), plan.way, plan.refused)
+
+    def _next_insert(self, report: HourReport) -> Plan | None:
+        return self.repairs.plan(report.hour_us, report.missing[:MAX_IDS_A_PASS], rollup=not report.rollup_equal)
+
+    def _insert(self, plan: Plan) -> tuple[int, HourReport]:
+        """Insert what a plan names, mend the rollup, log it. Gives the number of rows, and the hour as it is then."""
+        hour_us = plan.hour_us
         now = _readable(self._judge(hour_us)[0])  # after the plan is committed: what another repair inserted is seen
         rows = self.slow.rows_by_id(self.slow.hour(hour_us), plan.event_ids)
         inserted = self.repairs.insert(plan, rows, self.clickhouse, now.missing)
@@ -113,20 +226,58 @@ class Reconciler:
             self.clickhouse.rebuild_rollup(hour_us, self._closed_end(hour_us))
         elif not inserted.num_rows and not plan.resumed:
             self.repairs.abandon(plan)
-            return RepairOutcome(0, before, now)
-        left = _readable(self._judge(hour_us)[0]).missing
-        if refused := set(plan.event_texts) & set(left):
-            self.repairs.abandon(plan)
-            raise Unavailable(
-                f"ClickHouse did not keep {len(refused)} of the rows of repair {plan.repair_id}",
-                "run the repair again: it takes a new id, and with it new tokens",
-            )
+            return 0, now
+        then = _readable(self._judge(hour_us)[0])
+        self.repairs.require_kept(plan, then.missing)
+
+        def mark(connection: sa.Connection, _index: int) -> None:
+            self.repairs.mark_logged(connection, plan)
+            mark_dirty(connection, hour_us)  # a crash after this commit: the hour is due, and is reconciled again
+
         draft = self.repairs.record(plan, rows if plan.resumed else inserted, not now.rollup_equal, self.cas.put)
-        self._append(draft, lambda connection, _index: self.repairs.mark_logged(connection, plan))
-        if plan.resumed:  # what an earlier repair began is done; now what has gone missing since
-            rest = self.repair(hour_us)
-            return RepairOutcome(inserted.num_rows + rest.inserted, before, rest.after)
-        return RepairOutcome(inserted.num_rows, before, self.reconcile(hour_us))
+        self._append(draft, mark)
+        return inserted.num_rows, then
+
+    def _rebuildable(self, day_us: int) -> list[int]:
+        """The covered hours of a day. Unavailable where the day may not be rebuilt from their batches, or not yet."""
+        covered, still_open = self._coverage(day_us)
+        if expired := self._expired(day_us):
+            raise Unavailable(f"{iso(day_us)[:10]} cannot be rebuilt: {expired}", "nothing is left to repair")
+        held = {*self.hours.known(day_us, day_us + DAY_US), *self.clickhouse.hours_with_rows(day_us, day_us + DAY_US)}
+        closes_us = day_us + DAY_US + self.settings.fast_path_deadline_s * US_PER_SECOND
+        require_closed(day_us, covered, still_open, held, None if self.clock.now_us() >= closes_us else closes_us)
+        return covered
+
+    def _coverage(self, day_us: int) -> tuple[list[int], list[int]]:
+        """The hours of a day that a lane covers, and which of these are not closed."""
+        covered = [hour for hour in range(day_us, day_us + DAY_US, HOUR_US) if self.hours.covered(hour)]
+        return covered, [hour for hour in covered if self.hours.closed_until(hour) < hour + HOUR_US]
+
+    def _rebuild(self, day_us: int) -> None:
+        """Replace a day's rows in ClickHouse by those of its batches, log that, and reconcile the day's hours."""
+        hours = self._rebuildable(day_us)
+        last = {hour: self.hours.last_report(hour) for hour in hours}
+        reports = {hour: report.digest if report else None for hour, report in last.items()}
+        entries = [entry for hour in hours for entry in self.slow.hour(hour)]
+        done = self.repairs.rebuild(day_us, reports, entries, self._rows_of_day(day_us, hours), self.clickhouse)
+
+        def mark(connection: sa.Connection, _index: int) -> None:
+            self.repairs.mark_rebuilt(connection, done)
+            for hour in hours:  # a crash after this commit: they are due, and are reconciled again
+                mark_dirty(connection, hour)
+
+        self._append(self.repairs.record_rebuild(done, self.cas.put), mark)
+        known = self.hours.known(day_us, day_us + DAY_US)
+        for hour in hours:
+            if hour in known or last[hour] is not None:
+                self.reconcile(hour)
+
+    def _rows_of_day(self, day_us: int, hours: list[int]) -> Iterator[pa.Table]:
+        """The authoritative rows, a batch at a time. Unavailable at their end, before they are put in place, where a
+        lane has come into the day meanwhile: what it delivers would be lost."""
+        yield from self.slow.tables(hours)
+        if self._coverage(day_us) != (hours, []):
+            raise Unavailable(f"{iso(day_us)[:10]} was opened again meanwhile", "repair it when it is closed")
 
     def _expired(self, hour_us: int) -> str:
         """Why ClickHouse no longer holds the hour; empty where it does."""
@@ -158,22 +309,29 @@ class Reconciler:
         if closed < hour_us + WINDOW_US:
             return [], {}
         end = closed - closed % WINDOW_US
-        with self._duckdb_connect() as connection:
-            slow = self.slow.window_aggregates(found, connection)
         fast = self.clickhouse.window_aggregates(hour_us, end)
-        figures = [
-            one
-            for one in compare(slow, fast, self.clickhouse.rollup_aggregates(hour_us, end))
-            if one.key[0] * WINDOW_US < end
-        ]
-        differing = [one.key for one in figures if not one.rows_equal]
-        if not differing:
-            return figures, {}
-        fast_rows = self.clickhouse.rows(hour_us, end, sorted({key[1:] for key in differing}))
-        diffs = diff_rows(self.slow.rows(found, differing), of_keys(fast_rows, differing))
+        rollup = self.clickhouse.rollup_aggregates(hour_us, end)
+        with self._connected() as connection:
+            slow = self.slow.window_aggregates(found, connection)
+            figures = [one for one in compare(slow, fast, rollup) if one.key[0] * WINDOW_US < end]
+            differing = [one.key for one in figures if not one.rows_equal]
+            if not differing:
+                return figures, {}
+            first, last = differing[0][0] * WINDOW_US, differing[-1][0] * WINDOW_US  # figures are in order of time
+            fast_rows = self.clickhouse.row_values(first, last + WINDOW_US)
+            diffs = diff_rows(self.slow.row_values(found, connection), fast_rows, differing)
         if any(key not in diffs for key in differing):
             raise Unavailable("the fast path changed while it was read", "reconcile the hour again")
         return figures, diffs
+
+    @contextmanager
+    def _connected(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """DuckDB, its errors translated."""
+        try:
+            with self._duckdb_connect() as connection:
+                yield connection
+        except duckdb.Error as error:
+            raise Unavailable(f"DuckDB failed: {error}", "see the message") from error
 
     def _log_report(self, report: HourReport, found: list[AuditEntry]) -> bool:
         """False where another report of this revision is logged."""
@@ -201,6 +359,31 @@ class Reconciler:
         self.log.publish()
         self.log.append(draft, mark)
         self.log.publish()
+
+
+def _row_of(report: HourReport, now_us: int) -> ReportRow:
+    """What dashboards read of a report, provisional ones too. Its time is the row's, and never the report's."""
+    return ReportRow(
+        hour_us=report.hour_us,
+        revision=report.revision,
+        status=report.status,
+        final=report.final,
+        windows_pending=sum(window.status == "pending" for window in report.windows),
+        **{name: report.total(name) for name in ("events", "fast_events", "gpu_time_ns", "fast_gpu_time_ns")},
+        **{cause: report.count(cause) for cause in CAUSES},
+        digest=digest_of(report.to_bytes()),
+        error=report.error,
+        reported_at_us=now_us,
+    )
+
+
+def _day_of(hour_us: int) -> int:
+    return hour_us - hour_us % DAY_US
+
+
+def _left(report: HourReport) -> tuple[int, bool]:
+    """What inserting and mending can make less."""
+    return report.count("missing"), not report.rollup_equal
 
 
 def _readable(report: HourReport) -> HourReport:

@@ -10,8 +10,10 @@ A status is one of four, of a key, a window, an hour; the worst wins:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -19,26 +21,59 @@ import pyarrow as pa
 
 from render_platform import canonical
 from render_platform.clock import HOUR_US, WINDOW_US, iso
-from render_platform.events import Key, plain_rows, uuid_texts
+from render_platform.errors import Unavailable
+from render_platform.events import Key
 
 PRECEDENCE = ("discrepant", "unavailable", "pending", "reconciled")
 CAUSES = ("missing", "duplicated", "altered", "unexpected")
-KeyedRow = tuple[Key, tuple[Any, ...]]
 MAX_LISTED = 10_000
 """Event ids that a report lists for one cause of one key; counts are always exact."""
+MAX_LISTED_IN_ALL = 1_000_000
+"""Event ids that a report lists at most for one cause, the earliest keys' first."""
+DIFF_MEMORY = "512MB"
+"""What DuckDB may use to compare rows; beyond it, it writes to a temporary folder."""
+
+_KEY = ("window", "customer_ref", "model_name")
+_NUMBERED = pa.schema([("key", pa.int32()), ("window", pa.int64()), *((name, pa.string()) for name in _KEY[1:])])
 
 _COMPARE = """
     SELECT "window", customer_ref, model_name,
            coalesce(s.events, 0) AS events, coalesce(s.gpu_time_ns, 0) AS gpu_time_ns,
            coalesce(f.events, 0) AS fast_events, coalesce(f.gpu_time_ns, 0) AS fast_gpu_time_ns,
-           (s.events, s.gpu_time_ns, s.id_sum, s.id_high_sum, s.bound_sum)
-             IS NOT DISTINCT FROM (f.events, f.gpu_time_ns, f.id_sum, f.id_high_sum, f.bound_sum) AS rows_equal,
-           (f.events, f.gpu_time_ns) IS NOT DISTINCT FROM (r.events, r.gpu_time_ns) AS rollup_equal
+           (s.events, s.gpu_time_ns, s.id_sum, s.id_high_sum, s.row_sum)
+             IS NOT DISTINCT FROM (f.events, f.gpu_time_ns, f.id_sum, f.id_high_sum, f.row_sum) AS rows_equal,
+           (f.events, f.gpu_time_ns, f.minute_sum)
+             IS NOT DISTINCT FROM (r.events, r.gpu_time_ns, r.minute_sum) AS rollup_equal
     FROM slow AS s
     FULL JOIN fast AS f USING ("window", customer_ref, model_name)
     FULL JOIN rollup AS r USING ("window", customer_ref, model_name)
     ORDER BY ALL
 """
+# Only the two sides' rows of an event decide. A row that was moved to another key is altered where it belongs and
+# unexpected where it is; never missing, or a repair would insert it a second time.
+_DIFF = """
+    CREATE TABLE unlike AS
+    SELECT event_id, min(key) FILTER (NOT fast) AS home, min(row_value) FILTER (NOT fast) AS truth,
+           count(*) FILTER (fast) AS copies,
+           min(row_value) FILTER (fast) AS least, max(row_value) FILTER (fast) AS most
+    FROM sides GROUP BY event_id HAVING home IS NULL OR copies <> 1 OR least <> truth;
+
+    CREATE TABLE found AS
+    SELECT home AS key, 'missing' AS cause, event_id FROM unlike WHERE home IS NOT NULL AND copies = 0
+    UNION ALL
+    SELECT home, 'duplicated', event_id FROM unlike WHERE home IS NOT NULL AND copies > 1
+    UNION ALL
+    SELECT home, 'altered', event_id FROM unlike WHERE least <> truth OR most <> truth
+    UNION ALL
+    SELECT DISTINCT key, 'unexpected', event_id FROM sides JOIN unlike USING (event_id)
+    WHERE fast AND key IS DISTINCT FROM home;
+
+    DROP TABLE sides; DROP TABLE unlike;
+"""
+_LISTED = f"""
+    SELECT key, event_id::VARCHAR FROM found WHERE cause = $cause AND key BETWEEN $first AND $last
+    ORDER BY key, event_id LIMIT {MAX_LISTED}
+"""  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +91,23 @@ class KeyFigures:
 
 @dataclass(frozen=True, slots=True)
 class RowDiff:
-    """Event ids by cause. `missing` stand on the slow path only, `unexpected` on the fast path only."""
+    """Event ids by cause, the lowest where not all are listed; `unlisted` counts the others, in the order of CAUSES.
+
+    `missing` stand on the slow path only, `unexpected` on the fast path only.
+    """
 
     missing: tuple[str, ...] = ()
     duplicated: tuple[str, ...] = ()
     altered: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    unlisted: tuple[int, ...] = (0, 0, 0, 0)
+
+    def count(self, cause: str) -> int:
+        """Events with one cause: exact."""
+        return len(getattr(self, cause)) + self.unlisted[CAUSES.index(cause)]
+
+
+NO_DIFF = RowDiff()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +118,7 @@ class KeyVerdict:
 
     def record(self) -> dict[str, Any]:
         window, customer_ref, model_name = self.figures.key
-        listed = {cause: list(getattr(self.diff, cause)[:MAX_LISTED]) for cause in CAUSES}
+        listed = {cause: list(getattr(self.diff, cause)) for cause in CAUSES}
         return {
             "window_start": window * WINDOW_US,
             "customer_ref": customer_ref,
@@ -83,7 +129,7 @@ class KeyVerdict:
             "fast_events": self.figures.fast_events,
             "fast_gpu_time_ns": self.figures.fast_gpu_time_ns,
             "rollup_equal": self.figures.rollup_equal,
-            "counts": {cause: len(getattr(self.diff, cause)) for cause in CAUSES},
+            "counts": {cause: self.diff.count(cause) for cause in CAUSES},
             **listed,
         }
 
@@ -125,7 +171,7 @@ class HourReport:
 
     def count(self, cause: str) -> int:
         """Events with one cause, over all keys."""
-        return sum(len(getattr(verdict.diff, cause)) for verdict in self.findings)
+        return sum(verdict.diff.count(cause) for verdict in self.findings)
 
     @property
     def rollup_equal(self) -> bool:
@@ -133,6 +179,7 @@ class HourReport:
 
     @property
     def missing(self) -> tuple[str, ...]:
+        """The event ids that are listed as missing."""
         return tuple(sorted(event_id for verdict in self.findings for event_id in verdict.diff.missing))
 
     def to_bytes(self) -> bytes:
@@ -167,51 +214,97 @@ def worst(statuses: Iterable[str]) -> str:
 
 
 def compare(slow: pa.Table, fast: pa.Table, rollup: pa.Table) -> list[KeyFigures]:
-    """Full outer join of both sides and the rollup, by window, customer and model."""
-    with duckdb.connect() as connection:
+    """Full outer join of both sides (SLOW_SCHEMA, WINDOW_SCHEMA) and the rollup, by window, customer and model."""
+    with _translated(), duckdb.connect() as connection:
         for name, table in (("slow", slow), ("fast", fast), ("rollup", rollup)):
             connection.register(name, table)
         rows = connection.execute(_COMPARE).fetchall()
     return [KeyFigures(row[:3], int(row[3]), int(row[4]), int(row[5]), int(row[6]), row[7], row[8]) for row in rows]
 
 
-def diff_rows(slow: pa.Table, fast: pa.Table) -> dict[Key, RowDiff]:
-    """What differs, by the key of the authoritative row (of the fast one where there is none), in full rows."""
-    slow_rows, fast_rows = _by_id(slow), _by_id(fast)
-    found: dict[Key, dict[str, list[str]]] = {}
-    for event_id in sorted(slow_rows.keys() | fast_rows.keys()):
-        for cause, key in _causes(slow_rows.get(event_id, []), fast_rows.get(event_id, [])):
-            found.setdefault(key, {}).setdefault(cause, []).append(event_id)
-    return {key: RowDiff(**{c: tuple(ids) for c, ids in causes.items()}) for key, causes in found.items()}
+def diff_rows(slow: Iterable[pa.Table], fast: Iterable[pa.Table], keys: Sequence[Key]) -> dict[Key, RowDiff]:
+    """What differs in the rows of some keys, by the key of the authoritative row, of the fast one where there is none.
+
+    Both sides are streams of ROW_VALUES_SCHEMA; rows of other keys are passed over. Memory is bounded: the rows go
+    through DuckDB, which spills. Unavailable where that fails; what reading a side raises is raised as it is.
+    """
+    with TemporaryDirectory(prefix="render-platform-") as folder, _translated():
+        options: dict[str, Any] = {"memory_limit": DIFF_MEMORY, "temp_directory": folder}
+        with duckdb.connect(
+            f"{folder}/sides.duckdb", config=options | {"preserve_insertion_order": False}
+        ) as connection:
+            connection.execute("SET enable_progress_bar = false")  # it would be drawn over what a command prints
+            connection.execute("CREATE TABLE sides (event_id UUID, key INTEGER, row_value UBIGINT, fast BOOLEAN)")
+            numbered = [{"key": at, **dict(zip(_KEY, key, strict=True))} for at, key in enumerate(keys)]
+            connection.register("keys", pa.Table.from_pylist(numbered, _NUMBERED))
+            for tables, is_fast in ((slow, False), (fast, True)):
+                for table in tables:
+                    _load(connection, table, is_fast)
+            connection.execute(_DIFF)
+            return _found(connection, keys)
 
 
-def _causes(slow: list[KeyedRow], fast: list[KeyedRow]) -> list[tuple[str, Key]]:
-    if not slow:
-        return [("unexpected", key) for key in dict.fromkeys(key for key, _ in fast)]
-    key, row = slow[0]
-    if not fast:
-        return [("missing", key)]
-    causes = [("duplicated", key)] if len(fast) > 1 else []
-    causes += [("altered", key)] if any(data != row for _, data in fast) else []
-    # A row that was moved to another key is altered where it belongs and unexpected where it is; never missing, or a
-    # repair would insert it a second time.
-    causes += [("unexpected", other) for other in dict.fromkeys(other for other, _ in fast) if other != key]
-    return causes
+def _load(connection: duckdb.DuckDBPyConnection, table: pa.Table, fast: bool) -> None:
+    connection.register("incoming", table)
+    connection.execute(
+        "INSERT INTO sides SELECT event_id::UUID, key, row_value, $fast FROM incoming JOIN keys USING "
+        '("window", customer_ref, model_name)',
+        {"fast": fast},
+    )
+    connection.unregister("incoming")
 
 
-def _by_id(table: pa.Table) -> dict[str, list[KeyedRow]]:
-    windows = [at // WINDOW_US for at in table.column("recorded_at").cast(pa.int64()).to_pylist()]
-    keys = zip(windows, table.column("customer_ref").to_pylist(), table.column("model_name").to_pylist(), strict=True)
-    found: dict[str, list[KeyedRow]] = {}
-    for event_id, key, row in zip(uuid_texts(table, "event_id"), keys, plain_rows(table), strict=True):
-        found.setdefault(event_id, []).append((key, row))
+def _found(connection: duckdb.DuckDBPyConnection, keys: Sequence[Key]) -> dict[Key, RowDiff]:
+    listed: dict[int, dict[str, tuple[str, ...]]] = {}
+    rest: dict[int, dict[str, int]] = {}
+    for cause in CAUSES:
+        grouped = "SELECT key, count(*) FROM found WHERE cause = $cause GROUP BY key ORDER BY key"
+        counts: dict[int, int] = dict(connection.execute(grouped, {"cause": cause}).fetchall())
+        ids = _lowest(connection, cause, counts)
+        for key, count in counts.items():
+            listed.setdefault(key, {})[cause] = tuple(ids.get(key, ()))
+            rest.setdefault(key, {})[cause] = count - len(ids.get(key, ()))
+    return {
+        keys[at]: RowDiff(**listed[at], unlisted=tuple(rest[at].get(cause, 0) for cause in CAUSES))
+        for at in sorted(listed)
+    }
+
+
+def _lowest(connection: duckdb.DuckDBPyConnection, cause: str, counts: dict[int, int]) -> dict[int, list[str]]:
+    """The ids to list of each key. Keys are asked for together while all of their ids are listed, so that no query
+    sorts more than MAX_LISTED rows."""
+    found: dict[int, list[str]] = {}
+    room = MAX_LISTED_IN_ALL
+    pack: list[int] = []
+    size = 0
+    for key, count in [*counts.items(), (-1, MAX_LISTED)]:  # the last one closes the last pack
+        if pack and size + count > MAX_LISTED:
+            values = {"cause": cause, "first": pack[0], "last": pack[-1]}
+            for at, event_id in connection.execute(_LISTED, values).fetchmany(room):
+                found.setdefault(at, []).append(event_id)
+                room -= 1
+            pack, size = [], 0
+        if room <= 0:
+            break
+        pack.append(key)
+        size += count
     return found
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        raise Unavailable(f"DuckDB could not compare both sides: {error}", "see the message") from error
 
 
 def judge(figures: KeyFigures, diff: RowDiff, threshold_ppm: int) -> KeyVerdict:
     """The verdict on one key. Missing rows within the threshold reconcile, and are still listed."""
-    anything_else = diff.duplicated or diff.altered or diff.unexpected or not figures.rollup_equal
-    within = len(diff.missing) * 1_000_000 <= figures.events * threshold_ppm
+    if diff == NO_DIFF and figures.rollup_equal:
+        return KeyVerdict(figures, diff, "reconciled")
+    anything_else = any(diff.count(cause) for cause in CAUSES[1:]) or not figures.rollup_equal
+    within = diff.count("missing") * 1_000_000 <= figures.events * threshold_ppm
     return KeyVerdict(figures, diff, "reconciled" if within and not anything_else else "discrepant")
 
 
@@ -225,9 +318,9 @@ def build_report(
     diffs: dict[Key, RowDiff],
 ) -> HourReport:
     """The report of an hour whose sides were both read up to `closed_until`."""
-    verdicts = [judge(f, diffs.get(f.key, RowDiff()), threshold_ppm) for f in figures]
+    verdicts = [judge(f, diffs.get(f.key, NO_DIFF), threshold_ppm) for f in figures]
     windows = [_window(start, closed_until, verdicts) for start in range(hour_us, hour_us + HOUR_US, WINDOW_US)]
-    findings = [v for v in verdicts if v.diff != RowDiff() or v.status != "reconciled"]
+    findings = [v for v in verdicts if v.diff != NO_DIFF or v.status != "reconciled"]
     return HourReport(hour_us, revision, threshold_ppm, tuple(batches), tuple(windows), tuple(findings))
 
 

@@ -45,6 +45,7 @@ from render_platform.hours import mark_dirty, mark_reported
 from render_platform.note import Checkpoint, Verifier, read_checkpoint
 from render_platform.objects import ObjectStore
 from render_platform.outbox import LIVE, forget_erased, rows_of_batch, wipe
+from render_platform.repair import put_logged
 
 _ROWS, LOST_EPOCHS = 2_000, 100  # starts of a gateway after the backup, of which no entry speaks: at most so many
 _VERIFY = "run `render-platform verify`; restore what is wrong from a copy"
@@ -238,10 +239,8 @@ def _apply(connection: sa.Connection, entry: AuditEntry, subject: bytes, done: R
         said = canonical.decode(subject)
         mark_reported(connection, hour, said["revision"], digest_of(subject), said["status"], len(said["batches"]))
     elif entry.type == "repair":
-        said = canonical.decode(subject)
-        values = {"event_ids": b"".join(UUID(event_id).bytes for event_id in said["event_ids"]), "hour_us": hour}
-        connection.execute(sql.repairs.delete().filter_by(repair_id=said["repair_id"]))
-        connection.execute(sql.repairs.insert().values(repair_id=said["repair_id"], state="logged", **values))
+        for changed_us in put_logged(connection, canonical.decode(subject)):
+            mark_dirty(connection, changed_us)
 
 
 def _chunks(table: pa.Table) -> Iterator[list[Row]]:

@@ -4,34 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from render_platform import batches
 from render_platform.cas import Cas
+from render_platform.clickhouse_schema import NO_NUMBER, ROW_VALUES_SCHEMA, SLOW_SCHEMA, weight
 from render_platform.clock import WINDOW_US
 from render_platform.entries import AuditEntry, parse
 from render_platform.errors import Finding, PlatformError, Unavailable, UsageError
-from render_platform.events import EVENT_SCHEMA, Key, Totals, event_ids, total_gpu_time_ns
+from render_platform.events import EVENT_SCHEMA, Totals, event_ids, require_schema, total_gpu_time_ns
 
-_LOW = "(event_id::UHUGEINT & 18446744073709551615::UHUGEINT)::UBIGINT"
-_HIGH = "(event_id::UHUGEINT >> 64)::UBIGINT"
+CHUNK_BYTES = 64 * 1024 * 1024
+"""Of batches that are read at once; one batch may be larger."""
+_LOOK = "run `render-platform verify --deep`"
+_MASK = "18446744073709551615"
 _MODULUS = "18446744073709551616::HUGEINT"
+_LOW, _HIGH = f"(event_id::UHUGEINT & {_MASK}::UHUGEINT)::UBIGINT", "(event_id::UHUGEINT >> 64)::UBIGINT"
+
+
+def _numbers(field: pa.Field) -> str:
+    """The weighted numbers of a column, as clickhouse_schema defines and computes them; here in 128 bits."""
+    name = field.name
+    if pa.types.is_string(field.type):
+        number = f"(md5_number({name}) & {_MASK}::UHUGEINT)::HUGEINT * {weight(name)}"
+        return f"coalesce({number}, 0)" if field.nullable else number
+    if field.type in (pa.uuid(), pa.binary(16)):
+        data = f"{name}::UUID::UHUGEINT"
+        high, low = f"({data} >> 64)::HUGEINT", f"({data} & {_MASK}::UHUGEINT)::HUGEINT"
+        return f"{high} * {weight(f'{name}/high')} + {low} * {weight(f'{name}/low')}"
+    number = f"epoch_us({name})" if pa.types.is_timestamp(field.type) else name
+    return f"{f'coalesce({number}, {NO_NUMBER})' if field.nullable else number}::HUGEINT * {weight(name)}"
+
+
+_ROW_VALUE = " + ".join(_numbers(field) for field in EVENT_SCHEMA if field.name != "event_id")
+_ROW_VALUE = f"(({_ROW_VALUE}) & {_MASK}::HUGEINT)"  # 64 bits; times an id's 32, and a thousand million rows: below 127
+_WINDOW = f'epoch_us(recorded_at) // {WINDOW_US} AS "window"'
 AGGREGATES = f"""
-    SELECT epoch_us(recorded_at) // {WINDOW_US} AS "window", customer_ref, model_name,
+    SELECT {_WINDOW}, customer_ref, model_name,
            count(*) AS events,
            sum(gpu_time_ns)::DECIMAL(38, 0) AS gpu_time_ns,
            (sum({_LOW}) % {_MODULUS})::UBIGINT AS id_sum,
            (sum({_HIGH}) % {_MODULUS})::UBIGINT AS id_high_sum,
-           (sum(({_LOW} & 4294967295)::HUGEINT * gpu_time_ns) % {_MODULUS})::UBIGINT AS bound_sum
-    FROM incoming GROUP BY ALL ORDER BY ALL
+           (sum((({_LOW} & 4294967295) | 1)::HUGEINT * {_ROW_VALUE}) % {_MODULUS})::UBIGINT AS row_sum
+    FROM read_parquet($files) GROUP BY ALL
 """  # noqa: S608  constants only; equal to the fast path's expressions, value for value
+_OF_CHUNKS = f"""
+    SELECT "window", customer_ref, model_name, sum(events)::BIGINT AS events,
+           sum(gpu_time_ns)::DECIMAL(38, 0) AS gpu_time_ns,
+           (sum(id_sum) % {_MODULUS})::UBIGINT AS id_sum,
+           (sum(id_high_sum) % {_MODULUS})::UBIGINT AS id_high_sum,
+           (sum(row_sum) % {_MODULUS})::UBIGINT AS row_sum
+    FROM chunks GROUP BY ALL
+"""  # noqa: S608
+_ROW_VALUES = f"""
+    SELECT event_id::BLOB AS event_id, {_WINDOW}, customer_ref, model_name, {_ROW_VALUE}::UBIGINT AS row_value
+    FROM read_parquet($files)
+"""  # noqa: S608
 
 
 class SlowPath:
-    """`read_entries(hour_us)` gives the published entries of an hour's batches, as logged."""
+    """`read_entries(hour_us)` gives the published entries of an hour's batches, as logged.
+
+    Every blob is read through the CAS, which checks its digest: Missing, DigestMismatch or Unavailable where it is not
+    what the log names; Finding where it does not hold events, or not as many as its entry says.
+    """
 
     def __init__(self, cas: Cas, read_entries: Callable[[int], list[bytes]]) -> None:
         self._cas = cas
@@ -42,25 +84,58 @@ class SlowPath:
         return [parse(data) for data in self._read_entries(hour_us)]
 
     def window_aggregates(self, hour: Sequence[AuditEntry], connection: duckdb.DuckDBPyConnection) -> pa.Table:
-        """One row a window, customer and model: events, exact GPU ns, and two order-free sums of the ids.
-
-        One batch is in memory at a time. Raises Missing or DigestMismatch where a blob is not what the log names.
-        """
-        tables = (self._table(entry) for entry in hour)
+        """SLOW_SCHEMA: one row a window, customer and model, with order-free sums of its ids and of its whole rows."""
+        chunks = [SLOW_SCHEMA.empty_table(), *self._query(hour, connection, AGGREGATES, SLOW_SCHEMA)]
+        read = sum(pc.sum(chunk.column("events")).as_py() or 0 for chunk in chunks)
+        if read != (logged := sum(entry.records for entry in hour)):
+            raise Finding(f"the batches hold {read} rows, their entries say {logged}", _LOOK)
+        if len(chunks) <= 2:  # most hours: nothing to add up
+            return chunks[-1]
+        connection.register("chunks", pa.concat_tables(chunks))
         try:
-            with _incoming(connection, tables):
-                return connection.sql(AGGREGATES).to_arrow_table()
+            return connection.sql(_OF_CHUNKS).to_arrow_table().cast(SLOW_SCHEMA)
         except duckdb.Error as error:
-            raise Unavailable(f"DuckDB could not read the batches: {error}", "see the message") from error
+            raise Unavailable(f"DuckDB could not add up the batches: {error}", "see the message") from error
+        finally:
+            connection.unregister("chunks")
 
-    def rows(self, hour: Sequence[AuditEntry], keys: Collection[Key]) -> pa.Table:
-        """The rows of some keys, as recorded, sorted by `event_id`."""
-        return self._select(hour, lambda table: of_keys(table, keys))
+    def row_values(self, hour: Sequence[AuditEntry], connection: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
+        """ROW_VALUES_SCHEMA of every row, a chunk of batches at a time."""
+        return self._query(hour, connection, _ROW_VALUES, ROW_VALUES_SCHEMA)
+
+    def _query(
+        self, hour: Sequence[AuditEntry], connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema
+    ) -> Iterator[pa.Table]:
+        """What `sql` gives over each chunk of batches.
+
+        DuckDB reads private copies of the bytes that were checked: what happens to a store's files after that cannot
+        come between. A killed process leaves one chunk of them in the temporary folder.
+        """
+        connection.execute("SET enable_progress_bar = false")  # it would be drawn over what a command prints
+        with TemporaryDirectory(prefix="render-platform-") as folder:
+            for chunk in _chunks(hour):
+                files = [Path(folder, str(entry.subject_digest)) for entry in chunk]
+                self._copy(chunk, files)
+                try:
+                    table = connection.sql(sql, params={"files": [str(file) for file in files]}).to_arrow_table()
+                except duckdb.Error as error:
+                    raise Unavailable(f"DuckDB could not read the batches: {error}", "see the message") from error
+                for file in files:
+                    file.unlink()
+                yield table.cast(schema)
+
+    def _copy(self, chunk: Sequence[AuditEntry], files: Sequence[Path]) -> None:
+        blobs = self._cas.get_many(str(entry.subject_digest) for entry in chunk)
+        for entry, file, data in zip(chunk, files, blobs, strict=True):
+            _check(entry, data)
+            file.write_bytes(data)
 
     def rows_by_id(self, hour: Sequence[AuditEntry], wanted_ids: Collection[bytes]) -> pa.Table:
         """The rows of some events, as recorded, sorted by `event_id`."""
         wanted = pa.array(list(wanted_ids), pa.binary(16))
-        return self._select(hour, lambda table: table.filter(pc.is_in(event_ids(table), value_set=wanted)))
+        parts = [_with_ids(self._table(entry), wanted) for entry in hour]
+        table = pa.concat_tables([EVENT_SCHEMA.empty_table(), *parts])
+        return table.take(pc.sort_indices(event_ids(table)))
 
     def tables(self, hours_us: Iterable[int]) -> Iterator[pa.Table]:
         """The rows of whole hours, a batch at a time."""
@@ -77,29 +152,43 @@ class SlowPath:
             gpu_time_ns += total_gpu_time_ns(of_source)
         return Totals(events, gpu_time_ns)
 
-    def _select(self, hour: Sequence[AuditEntry], keep: Callable[[pa.Table], pa.Table]) -> pa.Table:
-        parts = [keep(self._table(entry)) for entry in hour]
-        table = pa.concat_tables([EVENT_SCHEMA.empty_table(), *parts])
-        return table.take(pc.sort_indices(event_ids(table)))
-
     def _table(self, entry: AuditEntry) -> pa.Table:
         table = batches.decode(self._cas.get(str(entry.subject_digest)))
-        if table.num_rows != entry.records:
-            raise Finding(
-                f"the batch {entry.batch_id} has {table.num_rows} rows, its entry says {entry.records}",
-                "run `render-platform verify --deep`",
-            )
+        _check_count(entry, table.num_rows)
         return table
 
 
-def of_keys(table: pa.Table, keys: Collection[Key]) -> pa.Table:
-    """Those rows of a table whose window, customer and model are among `keys`."""
-    windows = pc.divide(table.column("recorded_at").cast(pa.int64()), WINDOW_US)
-    names = pc.binary_join_element_wise(
-        windows.cast(pa.string()), table.column("customer_ref"), table.column("model_name"), "\n"
-    )
-    wanted = pa.array([f"{window}\n{customer}\n{model}" for window, customer, model in keys], pa.string())
-    return table.filter(pc.is_in(names, value_set=wanted))
+def _chunks(hour: Sequence[AuditEntry]) -> Iterator[list[AuditEntry]]:
+    """Entries whose batches have at most CHUNK_BYTES together, or one."""
+    chunk: list[AuditEntry] = []
+    size = 0
+    for entry in hour:
+        if chunk and size + int(entry.subject_size or 0) > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(entry)
+        size += int(entry.subject_size or 0)
+    if chunk:
+        yield chunk
+
+
+def _check(entry: AuditEntry, data: bytes) -> None:
+    """Finding unless the footer promises events, as many as the entry."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise Finding(f"the batch {entry.batch_id} is not readable as Parquet: {error}", _LOOK) from error
+    require_schema(file.schema_arrow)
+    _check_count(entry, file.metadata.num_rows)
+
+
+def _check_count(entry: AuditEntry, rows: int) -> None:
+    if rows != entry.records:
+        raise Finding(f"the batch {entry.batch_id} has {rows} rows, its entry says {entry.records}", _LOOK)
+
+
+def _with_ids(table: pa.Table, wanted: pa.Array) -> pa.Table:
+    return table.filter(pc.is_in(event_ids(table), value_set=wanted))
 
 
 def run_query(sql: str, tables: Iterable[pa.Table]) -> pa.Table:

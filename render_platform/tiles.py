@@ -94,14 +94,16 @@ def tile_hashes(level: int, index: int, width: int, leaves: Callable[[int, int],
     """
     span = TILE_WIDTH**level
     first = index * TILE_WIDTH
-    return b"".join(_subtree(at * span, (at + 1) * span, leaves) for at in range(first, first + width))
+    if level == 0:
+        return b"".join(_all(first, first + width, leaves))
+    return b"".join(merkle.root(_all(at * span, (at + 1) * span, leaves)) for at in range(first, first + width))
 
 
-def _subtree(start: int, end: int, leaves: Callable[[int, int], Sequence[bytes]]) -> bytes:
+def _all(start: int, end: int, leaves: Callable[[int, int], Sequence[bytes]]) -> Sequence[bytes]:
     hashes = leaves(start, end)
     if len(hashes) != end - start:
         raise Finding(f"{len(hashes)} leaf hashes in place of those of [{start}, {end})")
-    return merkle.root(hashes)
+    return hashes
 
 
 def _levels(old_size: int, new_size: int) -> Iterator[tuple[int, int, int]]:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.storage.tags import ASSET_PARTITION_RANGE_END_TAG, ASSET_PARTITION_RANGE_START_TAG
 
-from assets.jobs import HOURS, IN_PROGRESS, START, hour_key
-from render_platform.clock import HOUR_US, iso
+from assets.jobs import HOURS, IN_PROGRESS, START, hour_key, ranges, tags_of
+from render_platform.clock import iso
 from render_platform.config import Settings
 from render_platform.errors import Unavailable, UsageError
 
@@ -20,7 +19,11 @@ telemetry: {enabled: false}
 nux: {enabled: false}
 concurrency:
   pools: {default_limit: 1, granularity: op}
-  runs: {max_concurrent_runs: 3}
+  runs:
+    max_concurrent_runs: 3
+    tag_concurrency_limits:
+      - {key: dagster/backfill, limit: 1}
+      - {key: render_platform/reconciles, limit: 1}
 run_queue: {dequeue_interval_seconds: 1}
 run_monitoring: {enabled: true, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 20}
 """
@@ -85,12 +88,8 @@ class LocalDagster:
         self._lock.close()
 
     def _run_hours(self, job: str, hours_us: Sequence[int]) -> None:
-        for first, last in _ranges(hours_us):
-            tags = {
-                ASSET_PARTITION_RANGE_START_TAG: hour_key(first),
-                ASSET_PARTITION_RANGE_END_TAG: hour_key(last),
-            }
-            self._run(job, tags)
+        for first, last in ranges(hours_us):
+            self._run(job, tags_of(first, last))
 
     def _run(self, job: str, tags: dict[str, str]) -> None:
         from definitions import defs  # here: `up` ends orphans without loading the code location
@@ -102,14 +101,3 @@ class LocalDagster:
             failures = [e.step_failure_data.error for e in result.all_events if e.is_step_failure]
             said = "; ".join(str(f.cause.message if f and f.cause else f and f.message).strip() for f in failures)
             raise Unavailable(f"the Dagster run {result.run_id} of {job} failed: {said}", "see it in the Dagster UI")
-
-
-def _ranges(hours_us: Sequence[int]) -> list[tuple[int, int]]:
-    """Hours as ranges without holes."""
-    ranges: list[tuple[int, int]] = []
-    for hour in sorted(hours_us):
-        if ranges and hour == ranges[-1][1] + HOUR_US:
-            ranges[-1] = (ranges[-1][0], hour)
-        else:
-            ranges.append((hour, hour))
-    return ranges

@@ -15,12 +15,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import clickhouse_connect
+from clickhouse_connect.driver.exceptions import OperationalError
 
 from render_platform.chdb_folder import FolderLock
 from render_platform.clickhouse import ClickHouse, open_clickhouse
@@ -62,6 +63,41 @@ def open_raw(dsn: str, database: str | None = None, **options: Any) -> Any:
     if not dsn.startswith("chdb:"):
         options["autogenerate_session_id"] = False
     return clickhouse_connect.get_client(dsn=dsn, database=database, **options)
+
+
+class DyingClient:
+    """A client of the driver's own, for use with ClickHouse, that makes `left` changes and then nothing any more.
+
+    Reads are no changes, but fail after them too: what the database holds then is what a killed process leaves.
+    """
+
+    def __init__(self, client: Any, left: int = 1_000_000) -> None:
+        self.calls = 0
+        self._client, self._left = client, left
+
+    def command(self, sql: str, *args: Any, **options: Any) -> Any:
+        return self._change(lambda: self._client.command(sql, *args, **options))
+
+    def insert_arrow(self, *args: Any, **options: Any) -> Any:
+        return self._change(lambda: self._client.insert_arrow(*args, **options))
+
+    def query_arrow(self, *args: Any, **options: Any) -> Any:
+        if self.calls > self._left:
+            raise OperationalError("it is dead")
+        return self._client.query_arrow(*args, **options)
+
+    @property
+    def server_version(self) -> str:
+        return str(self._client.server_version)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _change(self, change: Callable[[], Any]) -> Any:
+        self.calls += 1
+        if self.calls > self._left:
+            raise OperationalError("it is dead")
+        return change()
 
 
 class BridgeProcess:

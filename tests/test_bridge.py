@@ -145,6 +145,28 @@ def test_frames_and_tables_go_in_and_come_back(client: Any) -> None:
         assert [row[0] for block in stream for row in block] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("compress", [False, "lz4", "gzip"])
+def test_large_answers_come_in_streams(bridge: BridgeProcess, client: Any, compress: bool | str) -> None:
+    count = 300_000
+    with closing(open_raw(bridge.dsn, client.database, compress=compress)) as other:
+        other.insert_arrow("t", pa.table({"n": range(count), "text": ["it's;\n"] * count}))
+        query, some = "SELECT n, text FROM t WHERE n < {below:Int64} ORDER BY n", {"below": count - 1}
+        settings = {"max_block_size": 50_000}
+        with other.query_arrow_stream(query, some, settings) as stream:
+            batches = list(stream)
+        assert len(batches) > 1
+        assert [n for batch in batches for n in batch.column("n").to_pylist()] == list(range(count - 1))
+        with other.query_df_stream(query, some, settings) as frames:
+            assert sum(len(frame) for frame in frames) == count - 1
+        with other.query_rows_stream(query, some, settings) as found:
+            assert sum(n for n, _ in found) == sum(range(count - 1))
+        with (
+            pytest.raises(DatabaseError, match="UNKNOWN_TABLE"),
+            other.query_arrow_stream("SELECT * FROM nope") as nothing,
+        ):
+            list(nothing)
+
+
 FORMATS = {
     "JSONEachRow": b'{"n":1,"text":"a;"}\n\n\n{"n":2,"text":"; DROP TABLE t"}\n',
     "CSV": b'1,"a;"\n2,"; DROP TABLE t"\n',

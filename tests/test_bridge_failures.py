@@ -266,6 +266,21 @@ def test_bodies_are_bounded_together() -> None:
         assert answers[0] == 200
 
 
+def test_slow_bodies_hold_nobody_up(bridge: BridgeProcess, client: Any) -> None:
+    """Many that have sent half of an insert: others are answered, and each is done once its rest has come."""
+    rows = f"INSERT INTO {client.database}.t (n) FORMAT CSV\n1\n".encode()
+    with ExitStack() as slow:
+        address = ("127.0.0.1", urlsplit(bridge.url).port or 0)
+        sent = [slow.enter_context(socket.create_connection(address, timeout=30)) for _ in range(20)]
+        for connection in sent:
+            connection.sendall(head(bridge, f"Content-Length: {len(rows)}") + rows[:-3])
+        assert client.command("SELECT count() FROM t") == 0
+        for connection in sent:
+            connection.sendall(rows[-3:])
+        assert all(connection.recv(100).startswith(b"HTTP/1.1 200") for connection in sent)
+    assert client.command("SELECT count() FROM t") == 20
+
+
 def test_a_hundred_clients_at_once(bridge: BridgeProcess, client: Any) -> None:
     def use(number: int) -> int:
         with closing(open_raw(bridge.dsn, client.database)) as own:

@@ -55,7 +55,7 @@ def test_migrating_again_changes_nothing(clickhouse: ClickHouse, raw: Any) -> No
     clickhouse.migrate()
     assert clickhouse.totals()[0] == 5
     numbers = [row[0] for row in raw.query("SELECT number FROM schema_migrations ORDER BY number").result_rows]
-    assert numbers == [number for number, _, _ in MIGRATIONS]
+    assert numbers == [migration.number for migration in MIGRATIONS]
 
 
 def test_a_migration_that_crashed_between_statements_goes_on(clickhouse: ClickHouse, raw: Any) -> None:

@@ -189,9 +189,10 @@ class Location:
 
 
 @contextmanager
-def open_location(state: Path) -> Iterator[Location]:
+def open_location(state: Path, **environment: str) -> Iterator[Location]:
     with restored_process(), pytest.MonkeyPatch.context() as patch:
-        for name, value in {**own_clickhouse(), "RENDER_PLATFORM_STATE_DIR": str(state)}.items():
+        given = {**own_clickhouse(), "RENDER_PLATFORM_STATE_DIR": str(state), **environment}
+        for name, value in given.items():
             patch.setenv(name, value)
         options = {
             name.removeprefix("RENDER_PLATFORM_").lower(): value

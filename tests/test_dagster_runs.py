@@ -7,24 +7,20 @@ import random
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
-from dagster_duckdb import DuckDBResource
 
 from assets import ASSETS
 from assets.fast_path import duplicates
-from assets.jobs import HOURS, hour_key
+from assets.jobs import hour_key
 from definitions import defs
 from render_platform.clock import DAY_US, HOUR_US, US_PER_SECOND
 from render_platform.errors import Unavailable, UsageError
 from render_platform.events import UsageEvent, table_from_events
 from resources.local import LocalDagster
-from resources.platform import PlatformResource
-from sensors.schedules import reconciliation_every_five_minutes
 from tests.factories import START_US
 from tests.platforms import record
 from tests.test_dagster_layer import (
@@ -124,68 +120,6 @@ def test_the_sensor_fires_again_after_a_flush_that_failed(location: Location, rn
     assert "empty" in skipped(tick(location))
 
 
-# The schedule.
-
-
-def schedule_tick(resource: PlatformResource, at: datetime) -> dg.RunRequest | dg.SkipReason:
-    with dg.build_schedule_context(scheduled_execution_time=at, resources={"platform": resource}) as context:
-        result = reconciliation_every_five_minutes(context)
-    if isinstance(result, dg.SkipReason):
-        return result
-    assert isinstance(result, list)
-    assert len(result) == 1
-    return requested(result[0])
-
-
-def test_the_schedule_picks_the_hour_of_the_time_less_a_second(location: Location, rng: random.Random) -> None:
-    record(location.platform, LANE, sound_events(rng, 3))
-    location.finish_lane(2)
-    keys = {}
-    for hour, minute in ((18, 5), (18, 55), (19, 0), (19, 5)):
-        request = requested(schedule_tick(location.resource, datetime(2023, 11, 16, hour, minute, tzinfo=UTC)))
-        keys[hour, minute] = str(request.partition_key)
-        assert HOURS.has_partition_key(keys[hour, minute])
-        assert request.run_key == f"2023-11-16T{hour:02d}:{minute:02d}:00+00:00/{keys[hour, minute]}"
-    assert keys == {
-        (18, 5): "2023-11-16-18:00",
-        (18, 55): "2023-11-16-18:00",
-        (19, 0): "2023-11-16-18:00",
-        (19, 5): "2023-11-16-19:00",
-    }
-
-
-def test_the_schedule_asks_again_for_closed_hours_without_a_current_report(
-    location: Location, rng: random.Random
-) -> None:
-    two_hours(location, rng)
-    at = datetime(2023, 11, 17, 3, 5, tzinfo=UTC)
-    with dg.build_schedule_context(scheduled_execution_time=at, resources={"platform": location.resource}) as context:
-        result = reconciliation_every_five_minutes(context)
-    assert isinstance(result, list)
-    assert [request.partition_key for request in result] == ["2023-11-16-18:00", "2023-11-16-19:00"]
-    location.dagster.reconcile(BOTH)
-    assert "every closed hour is reported" in skipped(schedule_tick(location.resource, at))
-
-
-@pytest.mark.parametrize("hour", [17, 22])
-def test_the_schedule_skips_an_hour_that_nothing_covers(location: Location, rng: random.Random, hour: int) -> None:
-    record(location.platform, LANE, sound_events(rng, 3))
-    location.finish_lane(1)
-    said = skipped(schedule_tick(location.resource, datetime(2023, 11, 16, hour, 30, tzinfo=UTC)))
-    assert f"2023-11-16-{hour}:00" in said
-
-
-def test_the_schedule_skips_where_there_is_no_state(tmp_path: Path) -> None:
-    resource = PlatformResource(state_dir=str(tmp_path / "none"), duckdb=DuckDBResource(database=":memory:"))
-    assert "no platform state" in skipped(schedule_tick(resource, datetime(2023, 11, 16, 18, 5, tzinfo=UTC)))
-
-
-def test_the_schedule_is_every_five_minutes_utc() -> None:
-    schedule = defs.resolve_schedule_def("reconciliation_every_five_minutes")
-    assert (schedule.cron_schedule, schedule.execution_timezone) == ("*/5 * * * *", "UTC")
-    assert schedule.job_name == "reconcile"
-
-
 # Reconciliation and repair of hours.
 
 
@@ -248,10 +182,14 @@ def test_repair_makes_a_discrepant_hour_reconciled(location: Location, rng: rand
     assert "2023-11-16T18:00:00Z is discrepant" in said
     assert "T19" not in said
     location.dagster.repair([START_US])
-    repaired = of_partition(location.materializations("fast_path_repair"))
-    assert repaired == {
-        hour_key(START_US): {"inserted": 2, "status before": "discrepant", "status after": "reconciled"}
-    } | {key: value for key, value in repaired.items() if key != hour_key(START_US)}
+    assert of_partition(location.materializations("fast_path_repair")) == {
+        hour_key(START_US): {
+            "way": "insert",
+            "inserted": 2,
+            "status before": "discrepant",
+            "status after": "reconciled",
+        }
+    }
     location.dagster.reconcile(BOTH)
     assert threshold_of(location) == (True, "every report is reconciled")
     location.dagster.repair(BOTH)
@@ -295,8 +233,16 @@ def test_repair_without_clickhouse_fails_and_inserts_nothing(location: Location,
     two_hours(location, rng, lose=[0])
     dsn = os.environ["RENDER_PLATFORM_CLICKHOUSE_DSN"]
     location.patch.setenv("RENDER_PLATFORM_CLICKHOUSE_DSN", NOWHERE)
-    with pytest.raises(Unavailable, match="cannot be repaired"):
+    with pytest.raises(Unavailable, match=r"1 of 1 hours were not repaired: 2023-11-16-18:00: .*cannot be repaired"):
         location.dagster.repair([START_US])
+    (run,) = location.instance.get_runs(dg.RunsFilter(job_name="repair"))
+    (failed,) = location.instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE).records
+    step = failed.event_log_entry.dagster_event
+    assert step is not None
+    error = step.step_failure_data.error
+    assert error is not None
+    assert "Unavailable" not in error.to_string(), "a sentence, not what was raised inside"
+    assert location.materializations("fast_path_repair") == []
     location.patch.setenv("RENDER_PLATFORM_CLICKHOUSE_DSN", dsn)
     location.dagster.repair([START_US])
     assert location.platform.clickhouse.totals()[0] == 20

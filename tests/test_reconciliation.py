@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -13,8 +14,9 @@ import pyarrow as pa
 import pytest
 
 from render_platform.clickhouse_schema import ROLLUP_SCHEMA, WINDOW_SCHEMA
-from render_platform.clock import HOUR_US, WINDOW_US
-from render_platform.events import UsageEvent, table_from_events
+from render_platform.clock import HOUR_US, US_PER_SECOND, WINDOW_US
+from render_platform.errors import Missing
+from render_platform.events import UsageEvent
 from render_platform.reconciliation import (
     CAUSES,
     HourReport,
@@ -25,7 +27,7 @@ from render_platform.reconciliation import (
     diff_rows,
     judge,
 )
-from tests import factories
+from tests import checksums, factories
 from tests.stories import HOUR, Key, key_of, keyed_event
 
 PPM = 1_000
@@ -37,17 +39,24 @@ DIGEST = "ab" * 32
 
 
 def sums(made: Sequence[UsageEvent]) -> pa.Table:
-    found: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0, 0, 0])
-    for event in made:
-        high, low = divmod(event.event_id.int, 2**64)
-        one = found[key_of(event)]
-        one[0] += 1
-        one[1] += event.gpu_time_ns
-        one[2] = (one[2] + low) % 2**64
-        one[3] = (one[3] + high) % 2**64
-        one[4] = (one[4] + low % 2**32 * event.gpu_time_ns) % 2**64
-    rows = [(*key, n, Decimal(ns), *rest) for key, (n, ns, *rest) in found.items()]
+    minutes = minute_sums(made)
+    found = checksums.sums_of_events(made)
+    rows = [(*key, n, Decimal(ns), *rest, minutes[key]) for key, (n, ns, *rest) in found.items()]
     return pa.Table.from_pylist([dict(zip(WINDOW_SCHEMA.names, row, strict=True)) for row in rows], WINDOW_SCHEMA)
+
+
+def minute_sums(made: Sequence[UsageEvent]) -> dict[Key, int]:
+    """A number of what a rollup by minute holds of each key."""
+    minutes: dict[tuple[Key, int], list[UsageEvent]] = defaultdict(list)
+    for event in made:
+        minutes[key_of(event), event.recorded_at // (60 * US_PER_SECOND)].append(event)
+    found: dict[Key, int] = defaultdict(int)
+    for (key, minute), inside in minutes.items():
+        ns = [event.gpu_time_ns for event in inside]
+        tokens = [event.input_tokens for event in inside if event.input_tokens is not None]
+        held = (minute, len(ns), sum(ns), min(ns), max(ns), len(tokens), sum(tokens))
+        found[key] = (found[key] + zlib.crc32(repr(held).encode())) % 2**64
+    return found
 
 
 def rollup(made: Sequence[UsageEvent]) -> pa.Table:
@@ -63,12 +72,19 @@ def reconciled(
 ) -> HourReport:
     """The report over all rows, as the pipeline makes it: row diffs only of keys whose sums differ."""
     figures = compare(sums(slow), sums(fast), rollup(fast if rolled is None else rolled))
-    differing = {one.key for one in figures if not one.rows_equal}
-    diffs = diff_rows(
-        table_from_events([event for event in slow if key_of(event) in differing]),
-        table_from_events([event for event in fast if key_of(event) in differing]),
-    )
+    diffs = diffed(slow, fast, [one.key for one in figures if not one.rows_equal])
     return build_report(HOUR, revision, PPM, [DIGEST], closed, figures, diffs)
+
+
+def diffed(slow: Sequence[UsageEvent], fast: Sequence[UsageEvent], keys: Sequence[Key]) -> dict[Key, RowDiff]:
+    """Each side in two parts, as streams come."""
+    parts = [[checksums.row_values(side[at::2]) for at in (0, 1)] for side in (slow, fast)]
+    return diff_rows(iter(parts[0]), iter(parts[1]), keys)
+
+
+def diff_of(ids_by_cause: dict[str, tuple[str, ...]]) -> RowDiff:
+    missing, duplicated, altered, unexpected = (ids_by_cause.get(cause, ()) for cause in CAUSES)
+    return RowDiff(missing, duplicated, altered, unexpected)
 
 
 def some(n: int, seed: int = 0, **where: Any) -> list[UsageEvent]:
@@ -139,8 +155,8 @@ def test_the_threshold_in_whole_numbers(ppm: int, missing: int, events: int) -> 
 @pytest.mark.parametrize("cause", ["duplicated", "altered", "unexpected"])
 def test_any_other_cause_is_discrepant_whatever_the_threshold(cause: str) -> None:
     figures = KeyFigures((0, "c", "m"), 10**9, 0, 10**9, 0, rows_equal=False, rollup_equal=True)
-    assert judge(figures, RowDiff(**{cause: ("x",)}), 1_000_000).status == "discrepant"
-    assert judge(figures, RowDiff(**{cause: ("x",), "missing": ("y",)}), 1_000_000).status == "discrepant"
+    assert judge(figures, diff_of({cause: ("x",)}), 1_000_000).status == "discrepant"
+    assert judge(figures, diff_of({cause: ("x",), "missing": ("y",)}), 1_000_000).status == "discrepant"
 
 
 def test_a_rollup_that_differs_is_discrepant_whatever_the_threshold() -> None:
@@ -227,8 +243,7 @@ def test_a_copy_under_another_customer_is_unexpected_there() -> None:
 
 
 @pytest.mark.parametrize("column", ["input_tokens", "pricing_tier", "status", "device_uuid", "nonce", "event_time"])
-def test_columns_that_no_sum_holds_are_seen_by_the_row_diff_and_not_by_the_sums(column: str) -> None:
-    """The limit of the sums: count, GPU ns and ids bound to them. Rows are compared in full once a key differs."""
+def test_an_altered_row_is_found_whatever_the_column(column: str) -> None:
     made = some(1_000)
     other: dict[str, Any] = {
         "input_tokens": 1,
@@ -239,14 +254,41 @@ def test_columns_that_no_sum_holds_are_seen_by_the_row_diff_and_not_by_the_sums(
         "event_time": made[0].event_time + 1,
     }
     altered = [replace(made[0], **{column: other[column]}), *made[1:]]
-    assert reconciled(made, altered).status == "reconciled"
-    assert listed(reconciled(made, altered)) == {}
-    assert diff_rows(table_from_events(made), table_from_events(altered)) == {
-        key_of(made[0]): RowDiff(altered=(str(made[0].event_id),))
-    }
+    report = reconciled(made, altered)
+    assert report.status == "discrepant"
+    assert listed(report) == {"altered": ids(made[:1])}
     with_another_fault = reconciled(made, altered[:-1])
-    assert with_another_fault.status == "discrepant"
     assert listed(with_another_fault) == {"altered": ids(made[:1]), "missing": ids(made[-1:])}
+
+
+def test_rows_of_other_keys_are_passed_over() -> None:
+    here, there = some(3), some(3, seed=1, customer=2)
+    assert diffed([*here, *there], [], [key_of(here[0])]) == {key_of(here[0]): RowDiff(missing=tuple(ids(here)))}
+    assert diffed(here, [], []) == {}
+
+
+def test_what_reading_a_side_raises_is_raised_as_it_is() -> None:
+    def broken() -> Iterator[pa.Table]:
+        yield checksums.row_values(some(2))
+        raise Missing("sha256/aa/bb")
+
+    key = key_of(some(1)[0])
+    nothing: list[pa.Table] = []
+    for slow, fast in ((broken(), nothing), (nothing, broken())):
+        with pytest.raises(Missing, match="sha256/aa/bb"):
+            diff_rows(slow, fast, [key])
+
+
+def test_a_rollup_that_differs_in_a_minimum_is_discrepant() -> None:
+    made = some(20)
+    rolled = sorted(made, key=lambda event: event.gpu_time_ns)
+    low, middle = rolled[0], rolled[10]
+    moved = replace(low, gpu_started_at=low.gpu_started_at - 1_000_000, gpu_time_ns=low.gpu_time_ns + 1)
+    wide = replace(middle, gpu_time_ns=middle.gpu_time_ns - 1)
+    assert sum(event.gpu_time_ns for event in (low, middle)) == moved.gpu_time_ns + wide.gpu_time_ns
+    others = [event for event in made if event not in (low, middle)]
+    report = reconciled(made, made, [*others, moved, wide])
+    assert (report.status, report.rollup_equal, listed(report)) == ("discrepant", False, {})
 
 
 # Windows, hours, precedence.

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from render_platform import repair as repair_module
+from render_platform.clickhouse import ClickHouse, ReportRow
 from render_platform.errors import Unavailable
 from render_platform.events import table_from_events
 from render_platform.pipeline import Platform
 from render_platform.reconciler import RepairOutcome
-from render_platform.reconciliation import HourReport
 from tests.factories import make_events
 from tests.stories import (
     HOUR,
@@ -166,27 +166,34 @@ def test_more_rows_lost_while_a_plan_was_unfinished_are_repaired_after_it(platfo
     assert_exact(platform, made)
 
 
-class Interrupted(Platform):
-    """A process that is overtaken by another between its first look at the hour and its plan."""
+class Overtaken(DyingClickHouse):
+    """ClickHouse for a process that another one overtakes between its first look at the hour and its plan's."""
 
-    overtaken_by: Callable[[], object] | None = None
+    def __init__(self, real: ClickHouse, meanwhile: Callable[[], object]) -> None:
+        super().__init__(real, 10**9, arrived=True)
+        self._meanwhile: Callable[[], object] | None = meanwhile
 
-    def reconcile(self, hour_us: int) -> HourReport:
-        report = super().reconcile(hour_us)
-        if self.overtaken_by is not None:
-            meanwhile, self.overtaken_by = self.overtaken_by, None
+    def record_report(self, row: ReportRow) -> None:
+        """The last thing that is done before the plan."""
+        if self._meanwhile is not None:
+            meanwhile, self._meanwhile = self._meanwhile, None
             meanwhile()
-        return report
+
+    def close(self) -> None:
+        """It is the other platform's."""
 
 
 def test_two_repairs_at_once_insert_every_row_once(platform: Platform) -> None:
     made = recorded(platform)
     deliver(platform, made[20:])
-    slow = Interrupted(platform.settings, platform.clock, platform.ids)
-    with closing(slow):
-        slow.overtaken_by = lambda: platform.repair(HOUR)
-        slow.repair(HOUR)
+    others: list[RepairOutcome] = []
+    with closing(again(platform)) as slow:
+        slow.__dict__["clickhouse"] = Overtaken(platform.clickhouse, lambda: others.append(platform.repair(HOUR)))
+        outcome = slow.repair(HOUR)
+    assert [other.inserted for other in others] == [20]
+    assert (outcome.before.status, outcome.inserted, outcome.after.status) == ("discrepant", 0, "reconciled")
     assert_exact(platform, made)
+    assert states(platform) == ["abandoned", "logged"]
 
 
 # The plan by itself.

@@ -313,7 +313,7 @@ class Reconciler:
         rollup = self.clickhouse.rollup_aggregates(hour_us, end)
         with self._connected() as connection:
             slow = self.slow.window_aggregates(found, connection)
-            figures = [one for one in compare(slow, fast, rollup) if one.key[0] * WINDOW_US < end]
+            figures = [one for one in compare(slow, fast, rollup, connection) if one.key[0] * WINDOW_US < end]
             differing = [one.key for one in figures if not one.rows_equal]
             if not differing:
                 return figures, {}

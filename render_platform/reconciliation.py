@@ -11,7 +11,7 @@ A status is one of four, of a key, a window, an hour; the worst wins:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -213,12 +213,19 @@ def worst(statuses: Iterable[str]) -> str:
     return next((status for status in PRECEDENCE if status in found), "pending")
 
 
-def compare(slow: pa.Table, fast: pa.Table, rollup: pa.Table) -> list[KeyFigures]:
-    """Full outer join of both sides (SLOW_SCHEMA, WINDOW_SCHEMA) and the rollup, by window, customer and model."""
-    with _translated(), duckdb.connect() as connection:
+def compare(
+    slow: pa.Table, fast: pa.Table, rollup: pa.Table, connection: duckdb.DuckDBPyConnection | None = None
+) -> list[KeyFigures]:
+    """Full outer join of both sides (SLOW_SCHEMA, WINDOW_SCHEMA) and the rollup, by window, customer and model.
+
+    `connection` saves the time of opening one: a third of what a small hour takes.
+    """
+    with _translated(), nullcontext(connection) if connection else duckdb.connect() as joining:
         for name, table in (("slow", slow), ("fast", fast), ("rollup", rollup)):
-            connection.register(name, table)
-        rows = connection.execute(_COMPARE).fetchall()
+            joining.register(name, table)
+        rows = joining.execute(_COMPARE).fetchall()
+        for name in ("slow", "fast", "rollup"):
+            joining.unregister(name)
     return [KeyFigures(row[:3], int(row[3]), int(row[4]), int(row[5]), int(row[6]), row[7], row[8]) for row in rows]
 
 

@@ -42,7 +42,7 @@ from render_platform.bridge_protocol import (
     read_request,
     success,
 )
-from render_platform.chdb_folder import BRIDGE_USER, OWNED, FolderLock
+from render_platform.clickhouse_connection import BRIDGE_USER, OWNED, FolderLock
 from render_platform.errors import PlatformError, Unavailable, UsageError
 
 NAME = "render-platform embedded bridge"

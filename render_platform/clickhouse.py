@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from render_platform.chdb_folder import Connection, open_client, require_version
+from render_platform.clickhouse_connection import Connection, open_client, require_version
 from render_platform.clickhouse_schema import (
     CUSTOMER_QUERY,
     DEVICE_QUERY,

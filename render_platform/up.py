@@ -30,7 +30,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from render_platform.chdb_folder import FolderLock
+from render_platform.clickhouse_connection import FolderLock
 from render_platform.config import Settings
 from render_platform.errors import Unavailable
 

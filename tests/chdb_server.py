@@ -23,8 +23,8 @@ from typing import Any
 import clickhouse_connect
 from clickhouse_connect.driver.exceptions import OperationalError
 
-from render_platform.chdb_folder import FolderLock
 from render_platform.clickhouse import ClickHouse, open_clickhouse
+from render_platform.clickhouse_connection import FolderLock
 
 SERVER = os.environ.get("CLICKHOUSE_TEST_URL", "")
 IMPLEMENTATIONS = ("chdb", "bridge", "server") if SERVER else ("chdb", "bridge")

@@ -20,7 +20,7 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 from clickhouse_connect.driver.external import ExternalData
 
 from render_platform.bridge import NAME
-from render_platform.chdb_folder import FolderLock
+from render_platform.clickhouse_connection import FolderLock
 from tests import chdb_server
 from tests.chdb_server import BridgeProcess, bridge_over, open_raw
 

@@ -21,8 +21,8 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 
 from render_platform.bridge import MAX_CONNECTIONS, MAX_HELD_BYTES, STOP_LIMIT_S, Bridge, Message, Receive
 from render_platform.bridge_protocol import MAX_BODY_BYTES
-from render_platform.chdb_folder import FolderLock
 from render_platform.clickhouse import open_clickhouse
+from render_platform.clickhouse_connection import FolderLock
 from render_platform.errors import Unavailable, UsageError
 from tests import chdb_server, factories
 from tests.chdb_server import BridgeProcess, bridge_over, open_raw

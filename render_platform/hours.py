@@ -31,6 +31,13 @@ class LastReport(NamedTuple):
     dirty: bool
 
 
+class _Look(NamedTuple):
+    """What decides which windows are closed: every lane, and by hour the oldest time that is not published yet."""
+
+    lanes: list[Any]
+    waiting: dict[int, int]
+
+
 class Hours:
     def __init__(self, database: Database, clock: Clock, fast_path_deadline_s: int) -> None:
         self._database = database
@@ -39,13 +46,19 @@ class Hours:
 
     def closed_until(self, hour_us: int) -> int:
         """The time up to which the windows of this hour are closed; `hour_us` itself where none is."""
+        return self._closed_until(hour_us, self._look(hour_us))
+
+    def _look(self, hour_us: int | None = None) -> _Look:
+        """For one hour, or for all of them at the cost of a few."""
         with self._database.read() as connection:
-            covering = _covering(connection, hour_us)
-            if not covering:
-                return hour_us
-            limits = [self._lane_limit(lane) for lane in covering if lane.state == "open"]
-            waiting = _oldest_waiting(connection, hour_us)
-        limits += [] if waiting is None else [waiting]
+            return _Look(_lanes(connection), _oldest_waiting(connection, hour_us))
+
+    def _closed_until(self, hour_us: int, look: _Look) -> int:
+        covering = _covering(look.lanes, hour_us)
+        if not covering:
+            return hour_us
+        limits = [self._lane_limit(lane) for lane in covering if lane.state == "open"]
+        limits += [look.waiting[hour_us]] if hour_us in look.waiting else []
         return max(hour_us, min([hour_us + HOUR_US, *limits]))
 
     def _lane_limit(self, lane: Any) -> int:
@@ -67,7 +80,8 @@ class Hours:
         """Known hours that are closed, and have no report or one that is out of date."""
         with self._database.read() as connection:
             current = set(connection.execute(sa.select(reports.c.hour_us).where(~reports.c.dirty)).scalars())
-        return [h for h in self.known() if h not in current and self.closed_until(h) == h + HOUR_US]
+        look = self._look()
+        return [h for h in self.known() if h not in current and self._closed_until(h, look) == h + HOUR_US]
 
     def unreconciled(self) -> list[tuple[str, str]]:
         """Hours of which all is not known to be well: name, and status or what their report lacks.
@@ -76,8 +90,9 @@ class Hours:
         """
         with self._database.read() as connection:
             found = {row.hour_us: row for row in connection.execute(sa.select(reports)).all()}
+        look = self._look()
         bad = {h: found[h].status for h in found if found[h].status != "reconciled"}
-        bad |= {h: "out of date" for h in found if found[h].dirty or self.closed_until(h) < h + HOUR_US}
+        bad |= {h: "out of date" for h in found if found[h].dirty or self._closed_until(h, look) < h + HOUR_US}
         bad |= {h: "not reported" for h in self.due() if h not in found}
         return [(iso(hour), bad[hour]) for hour in sorted(bad)]
 
@@ -85,7 +100,7 @@ class Hours:
         """Whether any lane records, or recorded, into the hour of `at_us`."""
         hour_us = hour_of(at_us)
         with self._database.read() as connection:
-            return bool(_covering(connection, hour_us))
+            return bool(_covering(_lanes(connection), hour_us))
 
     def last_report(self, hour_us: int) -> LastReport | None:
         with self._database.read() as connection:
@@ -136,28 +151,34 @@ def entries_of_hour(connection: sa.Connection, hour_us: int, kind: str) -> list[
     return [bytes(entry) for entry in found]
 
 
-def _covering(connection: sa.Connection, hour_us: int) -> list[Any]:
+def _lanes(connection: sa.Connection) -> list[Any]:
+    return list(connection.execute(sa.select(lanes)).all())
+
+
+def _covering(found: list[Any], hour_us: int) -> list[Any]:
     """The lanes that record into the hour, or have come past its end."""
     return [
         lane
-        for lane in connection.execute(sa.select(lanes)).all()
+        for lane in found
         if lane.start_us <= hour_us
         and (lane.end_us is None or hour_us < lane.end_us)
         and (lane.state == "open" or lane.frontier_us >= hour_us + HOUR_US)
     ]
 
 
-def _oldest_waiting(connection: sa.Connection, hour_us: int) -> int | None:
-    """The oldest time in this hour that is not under a published checkpoint."""
-    inside = (usage_events.c.recorded_at >= hour_us, usage_events.c.recorded_at < hour_us + HOUR_US)
-    unsealed = connection.execute(
-        sa.select(sa.func.min(usage_events.c.recorded_at)).where(usage_events.c.batch_id.is_(None), *inside)
-    ).scalar()
-    on_its_way = connection.execute(
-        sa.select(batches.c.first_recorded_at).where(
-            batches.c.hour_us == hour_us, batches.c.type == "usage_batch", batches.c.state.in_(UNPUBLISHED)
-        )
-    ).scalars()
-    times = [hour_us if first is None else int(first) for first in on_its_way]
-    times += [] if unsealed is None else [int(unsealed)]
-    return min(times, default=None)
+def _oldest_waiting(connection: sa.Connection, hour_us: int | None) -> dict[int, int]:
+    """By hour, the oldest time that is not under a published checkpoint; of one hour, or of all."""
+    at, hour = usage_events.c.recorded_at, usage_events.c.recorded_at - usage_events.c.recorded_at % HOUR_US
+    unsealed = sa.select(hour, sa.func.min(at)).where(usage_events.c.batch_id.is_(None)).group_by(hour)
+    on_its_way = sa.select(batches.c.hour_us, batches.c.first_recorded_at).where(
+        batches.c.type == "usage_batch", batches.c.state.in_(UNPUBLISHED)
+    )
+    if hour_us is not None:
+        unsealed = unsealed.where(at >= hour_us, at < hour_us + HOUR_US)
+        on_its_way = on_its_way.where(batches.c.hour_us == hour_us)
+    found: dict[int, int] = {}
+    for query in (unsealed, on_its_way):
+        for start_us, first_us in connection.execute(query):
+            first_us = start_us if first_us is None else first_us
+            found[int(start_us)] = min(int(first_us), found.get(int(start_us), int(first_us)))
+    return found

@@ -118,7 +118,7 @@ def reconciliation(
                 context.log_event(
                     dg.AssetMaterialization("reconciliation", description=said, metadata=metadata, partition=key)
                 )
-        yield _threshold(open_platform.hours.unreconciled())
+        yield _threshold(open_platform.hours.unreconciled(open_platform.reconciler.kept_from()))
     if unread:
         raise dg.Failure(
             f"{len(unread)} of {len(keys)} hours could not be read: {unread[0]}",

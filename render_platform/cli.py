@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,10 @@ def _hours_of(platform: Platform, start: int | None, end: int | None) -> list[in
 def reconcile(state: Path | None, start: int | None, end: int | None, as_json: bool) -> None:
     """Reconcile hours of the slow path with ClickHouse: every hour that holds events, or those of a range."""
     with console.progress_bars() as progress, open_platform(load_settings(state_dir=state)) as platform:
-        hours = _hours_of(platform, start, end)
+        hours, unseen = _hours_of(platform, start, end), ""
         if start is None and end is None:
-            hours = sorted({*hours, *_unrecorded(platform, hours)})
+            elsewhere, unseen = _unrecorded(platform)
+            hours = sorted({*(hour for hour in hours if not platform.reconciler.expired(hour)), *elsewhere})
         reports = []
         for done, hour in enumerate(hours):
             progress("reconcile", done, len(hours))
@@ -152,17 +153,18 @@ def reconcile(state: Path | None, start: int | None, end: int | None, as_json: b
         console.print_reports(console.person(), reports)
     else:
         click.echo("no hour holds events yet")
-    sys.exit(STATUS_EXIT[worst(report.status for report in reports)] if reports else 0)
+    if unseen:
+        click.echo(f"not known: whether ClickHouse holds other hours: {unseen}", err=True)
+    code = STATUS_EXIT[worst(report.status for report in reports)] if reports else 0
+    sys.exit(code or (3 if unseen else 0))
 
 
-def _unrecorded(platform: Platform, known: Sequence[int]) -> list[int]:
-    """Hours of which only ClickHouse holds rows. Where it cannot be read, each of the known hours says so."""
+def _unrecorded(platform: Platform) -> tuple[list[int], str]:
+    """Hours of which only ClickHouse holds rows; and why that is not known, where it is not."""
     try:
-        return platform.reconciler.unrecorded()
-    except Unavailable:
-        if not known:
-            raise
-        return []
+        return platform.reconciler.unrecorded(), ""
+    except Unavailable as error:
+        return [], str(error)
 
 
 @main.command()

@@ -34,6 +34,8 @@ from render_platform.clickhouse_schema import (
     DEVICE_QUERY,
     EVENTS,
     HOUR,
+    HOURLY_TOTALS,
+    HOURS_OF,
     HOURS_QUERY,
     KEPT,
     LATENCY_QUERY,
@@ -64,7 +66,7 @@ from render_platform.clickhouse_schema import (
     Stored,
 )
 from render_platform.clickhouse_schema import ReportRow as ReportRow  # what reconciliation writes
-from render_platform.clock import DAY_US, US_PER_SECOND, WINDOW_US
+from render_platform.clock import DAY_US, HOUR_US, US_PER_SECOND, WINDOW_US
 from render_platform.errors import Finding, Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA, Totals, require_schema
 
@@ -88,7 +90,7 @@ def pending_migrations(dsn: str, database: str) -> list[Migration]:
         return clickhouse.pending()
 
 
-def open_clickhouse(dsn: str, database: str, retention_days: int = 0) -> ClickHouse:
+def open_clickhouse(dsn: str, database: str, retention_days: int | None = None) -> ClickHouse:
     """Connect, create the database where there is none, and migrate it.
 
     `retention_days` sets how long the tables keep rows; 0 keeps all, and takes an earlier limit away.
@@ -113,7 +115,7 @@ def _connected(dsn: str, database: str) -> ClickHouse:
 class ClickHouse(Connection):
     """The rules on top of this module hold for every method."""
 
-    def prepare(self, retention_days: int) -> None:
+    def prepare(self, retention_days: int | None) -> None:
         """Create the database, its tables and their retention where they are not so already."""
         known = "SELECT count() FROM system.databases WHERE name = {name:String}"
         require_version(self._client.server_version)
@@ -121,8 +123,9 @@ class ClickHouse(Connection):
             self._command(f"CREATE DATABASE IF NOT EXISTS `{self._database}`")
         self._client.database = self._database
         self.migrate()
-        for table, column in KEPT.items():
-            self._keep_for(retention_days, table, column)
+        if retention_days is not None:
+            for table, column in KEPT.items():
+                self._keep_for(retention_days, table, column)
 
     def pending(self) -> list[Migration]:
         """The migrations that the database does not name yet. Unavailable where it names one that is not known here."""
@@ -164,10 +167,8 @@ class ClickHouse(Connection):
                 with self._staging(day, (rollup,)) as staging:
                     self._stage(rollup, staging, EVENTS.table, EVENTS.on(day))
                     self._swap(rollup, staging, day)
-        raise Unavailable(
-            f"rows arrived while {rollup.table} was filled",
-            "stop what writes to ClickHouse and run `render-platform migrate`",
-        )
+        remedy = "stop what writes to ClickHouse and run `render-platform migrate`"
+        raise Unavailable(f"rows arrived while {rollup.table} was filled", remedy)
 
     def _keep_for(self, days: int, table: str, column: str) -> None:
         query = "SELECT engine_full FROM system.tables WHERE database = {db:String} AND name = {name:String}"
@@ -234,6 +235,19 @@ class ClickHouse(Connection):
         found = self._query(HOURS_QUERY, start=start_us or 0, end=MAX_US if end_us is None else end_us)
         return [int(hour_us) for hour_us in found.column("hour_us").to_pylist()]
 
+    def hours_of(self, rows: pa.Table) -> list[int]:
+        """The hours in which any event of `rows` (EVENT_SCHEMA) stands, wherever that is: all rows are looked at."""
+        days = rows.column("recorded_at").cast(pa.int64()).to_pylist()[:1]
+        with self._staging(days[0] // DAY_US if days else 0, (EVENTS,)) as staging:
+            self._insert(staging + EVENTS.table, rows, staging)
+            found = self._query(f"{HOURS_OF} (SELECT event_id FROM {staging}{EVENTS.table}) ORDER BY hour_us")  # noqa: S608
+        return [int(hour_us) for hour_us in found.column("hour_us").to_pylist()]
+
+    def hourly_totals(self, hour_us: int) -> Totals:
+        """Events and GPU ns of one hour, as the rollup by hour has them."""
+        row = self._query(HOURLY_TOTALS, **_seconds(HOUR, hour_us, hour_us + HOUR_US)).to_pylist()[0]
+        return Totals(int(row["n"]), int(row["ns"]))
+
     def rebuild_rollup(self, start_us: int, end_us: int) -> None:
         """Make the rollup of [start, end), whole minutes that nobody writes to any more, from the raw rows again.
 
@@ -248,14 +262,15 @@ class ClickHouse(Connection):
                 self._command(delete, **_seconds(rollup, start, end))
                 self._command(f"INSERT INTO {rollup.table} {_AGAIN} {rollup.select(where=RANGE)}", start=start, end=end)
 
-    def rebuild_day(self, day_us: int, tables: Iterable[pa.Table], expected: Totals) -> None:
+    def rebuild_day(
+        self, day_us: int, tables: Iterable[pa.Table], expected: Totals, ready: Callable[[], None] = lambda: None
+    ) -> None:
         """Replace the rows of one UTC day, raw and in every rollup, by those of `tables`, which are of EVENT_SCHEMA.
 
         For a day that nobody writes to any more: what arrives in it meanwhile is lost. One table is in memory at a
         time. Finding where a row is of another day or an event stands twice; Unavailable where what arrived is not
         `expected`. Until all is staged and counted nothing has changed; after an error or a crash later than that,
-        repeat it, and the day is whole. Tokens that were used for rows of this day mean nothing any more: an insert
-        under one of them may be dropped, so a later one needs a new token.
+        repeat it, and the day is whole. Tokens used for rows of this day mean nothing any more: take new ones.
         """
         day, beyond = divmod(day_us, DAY_US)
         if beyond or day < 0:
@@ -268,6 +283,7 @@ class ClickHouse(Connection):
             whole = {day: expected} if expected.events else {}
             for stored in STORED:
                 self._require(stored, whole, staging)
+            ready()  # what it raises leaves the day as it was
             # A crash before this: nothing has changed. Between two of them: rows and rollups differ. After the last:
             # the day is whole. Repeated, all is swapped again.
             for stored in STORED:
@@ -299,10 +315,8 @@ class ClickHouse(Connection):
 
     def _require(self, stored: Stored, expected: dict[int, Totals], staging: str = "", where: str = "1") -> None:
         if (found := self._by_day(stored, staging, where)) != expected:
-            raise Unavailable(
-                f"{staging}{stored.table} holds {found or 'nothing'} where {expected or 'nothing'} was expected",
-                "see that nothing writes to this day, and repeat this",
-            )
+            what = f"{staging}{stored.table} holds {found or 'nothing'} where {expected or 'nothing'} was expected"
+            raise Unavailable(what, "see that nothing writes to this day, and repeat this")
 
     def _by_day(self, stored: Stored, staging: str = "", where: str = "1") -> dict[int, Totals]:
         rows = self._query(stored.by_day(f"{staging}{stored.table}", where)).to_pylist()
@@ -321,10 +335,9 @@ class ClickHouse(Connection):
                 self._drop_staging(staging)
 
     def _drop_staging(self, prefix: str) -> None:
-        query = """SELECT name FROM system.tables
-            WHERE database = {db:String} AND startsWith(name, {prefix:String})"""
-        for name in self._query(query, db=self._database, prefix=prefix).column("name").to_pylist():
-            self._command(f"DROP TABLE IF EXISTS `{name}` SYNC")
+        query = "SELECT name FROM system.tables WHERE database = {db:String} AND startsWith(name, {prefix:String})"
+        for row in self._query(query, db=self._database, prefix=prefix).to_pylist():
+            self._command(f"DROP TABLE IF EXISTS `{row['name']}` SYNC")
 
     def latency_quantiles(self, start_us: int, end_us: int) -> list[Latency]:
         """One Latency a model, by name; UsageError unless both ends are whole minutes."""

@@ -30,11 +30,14 @@ _TOO_OLD = "ClickHouse is too old or unsupported", "24.8 or newer is needed"
 DRIVER_ERRORS = (ClickHouseError, HTTPError, OSError, pa.ArrowException, ImportError)
 _BOUNDED = ("result", "read", "group_by", "sort", "timeout")
 _NO_PARTIAL_RESULTS = {f"{what}_overflow_mode": "throw" for what in _BOUNDED}
+INSERT_S = 30
+"""How long an insert may work before ClickHouse gives it up by itself, whether or not its client still waits."""
 _INSERT_SETTINGS = {
     "async_insert": 0,
     "insert_deduplicate": 1,
     "deduplicate_blocks_in_dependent_materialized_views": 1,
     "max_partitions_per_insert_block": 1_000,
+    "max_execution_time": INSERT_S,
 }
 
 BRIDGE_USER = "bridge"

@@ -261,6 +261,10 @@ _QUANTILES = "quantilesTDigestMerge(0.5, 0.9, 0.99)"
 _PERCENTILES = """toInt64(round(found[1])) AS {0}p50_us, toInt64(round(found[2])) AS {0}p90_us,
     toInt64(round(found[3])) AS {0}p99_us"""
 
+HOURS_OF = f"""SELECT DISTINCT toInt64(toUnixTimestamp(toStartOfHour(recorded_at))) * {US_PER_SECOND} AS hour_us
+FROM usage_events WHERE event_id IN"""  # noqa: S608
+HOURLY_TOTALS = f"""SELECT toInt64(sum(events)) AS n, toString(sum(gpu_time_ns_sum)) AS ns FROM usage_hour
+WHERE {HOUR.range}"""  # noqa: S608
 LATENCY_QUERY = f"""WITH {_QUANTILES}(total_time_us_digest) AS found
 SELECT model_name, toInt64(sum(m.events)) AS events, {_PERCENTILES.format("")}
 FROM usage_minute AS m WHERE {MINUTE.range} GROUP BY model_name ORDER BY model_name"""  # noqa: S608

@@ -85,7 +85,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         bounds = {
-            "retention_days": (0, 10_000),
+            "retention_days": (0, 20_000),
             "object_lock_days": (0, 36_500),
             "witness_quorum": (0, 10_000),
             "witness_timeout_s": (1, 3_600),

@@ -83,8 +83,8 @@ class Hours:
         look = self._look()
         return [h for h in self.known() if h not in current and self._closed_until(h, look) == h + HOUR_US]
 
-    def unreconciled(self) -> list[tuple[str, str]]:
-        """Hours of which all is not known to be well: name, and status or what their report lacks.
+    def unreconciled(self, since_us: int = 0) -> list[tuple[str, str]]:
+        """Hours from `since_us` on of which all is not known to be well: name, and status or what their report lacks.
 
         Hours that are not closed yet and were never reported are left out: nothing is known of them, good or bad.
         """
@@ -94,7 +94,7 @@ class Hours:
         bad = {h: found[h].status for h in found if found[h].status != "reconciled"}
         bad |= {h: "out of date" for h in found if found[h].dirty or self._closed_until(h, look) < h + HOUR_US}
         bad |= {h: "not reported" for h in self.due() if h not in found}
-        return [(iso(hour), bad[hour]) for hour in sorted(bad)]
+        return [(iso(hour), bad[hour]) for hour in sorted(bad) if hour >= since_us]
 
     def covered(self, at_us: int) -> bool:
         """Whether any lane records, or recorded, into the hour of `at_us`."""

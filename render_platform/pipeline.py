@@ -84,9 +84,10 @@ class Platform:
 
     @cached_property
     def clickhouse(self) -> ClickHouse:
-        """Opened on first use: sealing, logging and verifying need no ClickHouse."""
+        """Opened on first use: sealing, logging and verifying need no ClickHouse. How long rows are kept, `migrate` and
+        the gateway say: whoever only reads takes nothing away."""
         settings = self.settings
-        return open_clickhouse(settings.clickhouse_url, settings.clickhouse_database, settings.retention_days)
+        return open_clickhouse(settings.clickhouse_url, settings.clickhouse_database)
 
     def close(self) -> None:
         if "clickhouse" in self.__dict__:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import duckdb
-import pyarrow as pa
 import sqlalchemy as sa
 import structlog
 
@@ -25,10 +25,9 @@ from render_platform.config import Settings
 from render_platform.database import Database
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, Unavailable
-from render_platform.events import Key
+from render_platform.events import Key, Totals
 from render_platform.hours import Hours, mark_dirty, mark_reported, mark_unchanged
 from render_platform.reconciliation import (
-    CAUSES,
     HourReport,
     KeyFigures,
     RowDiff,
@@ -134,7 +133,7 @@ class Reconciler:
                 held = self.clickhouse.hours_with_rows(hour_us, hour_us + HOUR_US)
                 report = replace(report, error=_UNRECORDED) if held else report
         try:
-            self.clickhouse.record_report(_row_of(report, self.clock.now_us()))
+            self.clickhouse.record_report(ReportRow(**report.told(), reported_at_us=self.clock.now_us()))
         except Unavailable as error:
             _log.warning("report_not_in_clickhouse", hour=iso(hour_us), error=str(error))
         return report
@@ -145,7 +144,13 @@ class Reconciler:
         return [hour for hour in self.clickhouse.hours_with_rows() if hour not in known]
 
     def expired(self, hour_us: int) -> bool:
-        return bool(self._expired(hour_us))
+        """Whether ClickHouse no longer keeps the hour."""
+        return hour_us < self.kept_from()
+
+    def kept_from(self) -> int:
+        """The time from which on ClickHouse keeps rows; 0: from the first."""
+        days = self.settings.retention_days
+        return self.clock.now_us() - days * DAY_US if days else 0
 
     def _reconcile(self, hour_us: int) -> HourReport:
         report, entries = self._judge(hour_us)
@@ -221,8 +226,10 @@ class Reconciler:
         hour_us = plan.hour_us
         now = _readable(self._judge(hour_us)[0])  # after the plan is committed: what another repair inserted is seen
         rows = self.slow.rows_by_id(self.slow.hour(hour_us), plan.event_ids)
+        if self._clear({hour for hour in self.clickhouse.hours_of(rows) if hour != hour_us}):
+            now = _readable(self._judge(hour_us)[0])
         inserted = self.repairs.insert(plan, rows, self.clickhouse, now.missing)
-        if not now.rollup_equal:
+        if mend := not now.rollup_equal or plan.resumed:
             self.clickhouse.rebuild_rollup(hour_us, self._closed_end(hour_us))
         elif not inserted.num_rows and not plan.resumed:
             self.repairs.abandon(plan)
@@ -234,9 +241,22 @@ class Reconciler:
             self.repairs.mark_logged(connection, plan)
             mark_dirty(connection, hour_us)  # a crash after this commit: the hour is due, and is reconciled again
 
-        draft = self.repairs.record(plan, rows if plan.resumed else inserted, not now.rollup_equal, self.cas.put)
+        draft = self.repairs.record(plan, rows if plan.resumed else inserted, mend, self.cas.put)
         self._append(draft, mark)
         return inserted.num_rows, then
+
+    def _clear(self, hours_us: set[int]) -> bool:
+        """Rebuild the days of hours that hold what belongs to another: inserted there too, an event would stand twice.
+
+        False where there are none. Unavailable where such a day may not be rebuilt yet; its hours are due then.
+        """
+        if hours_us:
+            with self.database.write() as connection:
+                for hour in hours_us:
+                    mark_dirty(connection, hour)
+        for day_us in sorted({_day_of(hour) for hour in hours_us}):
+            self._rebuild(day_us)
+        return bool(hours_us)
 
     def _rebuildable(self, day_us: int) -> list[int]:
         """The covered hours of a day. Unavailable where the day may not be rebuilt from their batches, or not yet."""
@@ -259,7 +279,12 @@ class Reconciler:
         last = {hour: self.hours.last_report(hour) for hour in hours}
         reports = {hour: report.digest if report else None for hour, report in last.items()}
         entries = [entry for hour in hours for entry in self.slow.hour(hour)]
-        done = self.repairs.rebuild(day_us, reports, entries, self._rows_of_day(day_us, hours), self.clickhouse)
+
+        def ready() -> None:
+            if self._coverage(day_us) != (hours, []):  # a lane has come into the day: what it delivers would be lost
+                raise Unavailable(f"{iso(day_us)[:10]} was opened again meanwhile", "repair it when it is closed")
+
+        done = self.repairs.rebuild(day_us, reports, entries, self.slow.tables(hours), self.clickhouse, ready)
 
         def mark(connection: sa.Connection, _index: int) -> None:
             self.repairs.mark_rebuilt(connection, done)
@@ -272,18 +297,9 @@ class Reconciler:
             if hour in known or last[hour] is not None:
                 self.reconcile(hour)
 
-    def _rows_of_day(self, day_us: int, hours: list[int]) -> Iterator[pa.Table]:
-        """The authoritative rows, a batch at a time. Unavailable at their end, before they are put in place, where a
-        lane has come into the day meanwhile: what it delivers would be lost."""
-        yield from self.slow.tables(hours)
-        if self._coverage(day_us) != (hours, []):
-            raise Unavailable(f"{iso(day_us)[:10]} was opened again meanwhile", "repair it when it is closed")
-
     def _expired(self, hour_us: int) -> str:
         """Why ClickHouse no longer holds the hour; empty where it does."""
-        days = self.settings.retention_days
-        gone = days > 0 and hour_us < self.clock.now_us() - days * DAY_US
-        return f"expired: ClickHouse keeps {days} days" if gone else ""
+        return f"expired: ClickHouse keeps {self.settings.retention_days} days" if self.expired(hour_us) else ""
 
     def _closed_end(self, hour_us: int) -> int:
         closed = self.hours.closed_until(hour_us)
@@ -314,6 +330,8 @@ class Reconciler:
         with self._connected() as connection:
             slow = self.slow.window_aggregates(found, connection)
             figures = [one for one in compare(slow, fast, rollup, connection) if one.key[0] * WINDOW_US < end]
+            if end == hour_us + HOUR_US and self.clickhouse.hourly_totals(hour_us) != _sum(figures):
+                figures = [replace(one, rollup_equal=False) for one in figures]
             differing = [one.key for one in figures if not one.rows_equal]
             if not differing:
                 return figures, {}
@@ -326,11 +344,12 @@ class Reconciler:
 
     @contextmanager
     def _connected(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """DuckDB, its errors translated."""
+        """DuckDB, its errors translated; what it spills is nobody else's to read."""
         try:
-            with self._duckdb_connect() as connection:
+            with TemporaryDirectory(prefix="render-platform-") as folder, self._duckdb_connect() as connection:
+                connection.execute(f"SET temp_directory = '{folder}'")
                 yield connection
-        except duckdb.Error as error:
+        except (duckdb.Error, OSError) as error:
             raise Unavailable(f"DuckDB failed: {error}", "see the message") from error
 
     def _log_report(self, report: HourReport, found: list[AuditEntry]) -> bool:
@@ -361,20 +380,8 @@ class Reconciler:
         self.log.publish()
 
 
-def _row_of(report: HourReport, now_us: int) -> ReportRow:
-    """What dashboards read of a report, provisional ones too. Its time is the row's, and never the report's."""
-    return ReportRow(
-        hour_us=report.hour_us,
-        revision=report.revision,
-        status=report.status,
-        final=report.final,
-        windows_pending=sum(window.status == "pending" for window in report.windows),
-        **{name: report.total(name) for name in ("events", "fast_events", "gpu_time_ns", "fast_gpu_time_ns")},
-        **{cause: report.count(cause) for cause in CAUSES},
-        digest=digest_of(report.to_bytes()),
-        error=report.error,
-        reported_at_us=now_us,
-    )
+def _sum(figures: list[KeyFigures]) -> Totals:
+    return Totals(sum(one.fast_events for one in figures), sum(one.fast_gpu_time_ns for one in figures))
 
 
 def _day_of(hour_us: int) -> int:

@@ -199,6 +199,21 @@ class HourReport:
             }
         )
 
+    def told(self) -> dict[str, Any]:
+        """What dashboards read of a report, provisional ones too; see clickhouse.ReportRow."""
+        sums = ("events", "fast_events", "gpu_time_ns", "fast_gpu_time_ns")
+        return {
+            "hour_us": self.hour_us,
+            "revision": self.revision,
+            "status": self.status,
+            "final": self.final,
+            "windows_pending": sum(window.status == "pending" for window in self.windows),
+            **{name: self.total(name) for name in sums},
+            **{cause: self.count(cause) for cause in CAUSES},
+            "digest": canonical.digest_of(self.to_bytes()),
+            "error": self.error,
+        }
+
     def summary(self) -> str:
         """One line for a person."""
         parts = [f"{iso(self.hour_us)[:13]}h {self.status}: {self.total('events')} events"]

@@ -38,7 +38,9 @@ class FastRows(Protocol):
 class FastDay(Protocol):
     def window_aggregates(self, start_us: int, end_us: int) -> pa.Table: ...
 
-    def rebuild_day(self, day_us: int, tables: Iterable[pa.Table], expected: Totals) -> None: ...
+    def rebuild_day(
+        self, day_us: int, tables: Iterable[pa.Table], expected: Totals, ready: Callable[[], None] = ...
+    ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +138,12 @@ class Repairs:
         entries: Sequence[AuditEntry],
         tables: Iterable[pa.Table],
         fast: FastDay,
+        ready: Callable[[], None],
     ) -> Rebuild:
         """Replace a day's rows, raw and in rollups, by `tables`: the rows of the batches of `entries`.
 
-        A rebuild that an earlier run left unfinished is gone on with, under its id. `hours` as in Rebuild.
+        A rebuild that an earlier run left unfinished is gone on with, under its id. `hours` as in Rebuild; `ready` is
+        called right before anything changes, and stops it by what it raises.
         """
         with self._database.write() as connection:
             row = _unfinished(connection, day_us, REBUILDING)
@@ -149,7 +153,7 @@ class Repairs:
         before = _totals(fast, hours)
         after = Totals(sum(entry.records for entry in entries), sum(entry.gpu_time_ns for entry in entries))
         # A crash in it: the day stands as before, or is made again in part or whole, and is not logged.
-        fast.rebuild_day(day_us, tables, after)
+        fast.rebuild_day(day_us, tables, after, ready)
         return Rebuild(repair_id, day_us, hours, [str(entry.subject_digest) for entry in entries], before, after)
 
     def record(self, plan: Plan, rows: pa.Table, rollup: bool, put: Callable[[bytes], str]) -> AuditEntry:
@@ -211,7 +215,7 @@ def require_closed(
     if foreign := sorted(set(held).difference(covered)):
         what = f"no lane covers {iso(foreign[0])[:13]}h, and there are rows of it"
         raise Unavailable(f"{name}: {what}", "see who wrote them, and remove them")
-    if still_open and closes_us is not None:
+    if closes_us is not None:
         raise Unavailable(f"{name} before {iso(closes_us)}", "rows may come into it until then")
     if still_open:
         what = f"{iso(still_open[0])[:13]}h is not closed"

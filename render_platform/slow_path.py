@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from render_platform import batches
 from render_platform.cas import Cas
 from render_platform.clickhouse_schema import NO_NUMBER, ROW_VALUES_SCHEMA, SLOW_SCHEMA, weight
-from render_platform.clock import WINDOW_US
+from render_platform.clock import HOUR_US, WINDOW_US, iso
 from render_platform.entries import AuditEntry, parse
 from render_platform.errors import Finding, PlatformError, Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA, Totals, event_ids, require_schema, total_gpu_time_ns
@@ -86,6 +86,9 @@ class SlowPath:
     def window_aggregates(self, hour: Sequence[AuditEntry], connection: duckdb.DuckDBPyConnection) -> pa.Table:
         """SLOW_SCHEMA: one row a window, customer and model, with order-free sums of its ids and of its whole rows."""
         chunks = [SLOW_SCHEMA.empty_table(), *self._query(hour, connection, AGGREGATES, SLOW_SCHEMA)]
+        for window in {window for chunk in chunks for window in chunk.column("window").to_pylist()}:
+            if hour and window * WINDOW_US // HOUR_US * HOUR_US != hour[0].recorded_hour:
+                raise Finding(f"the batches of {iso(hour[0].recorded_hour or 0)} hold rows of another hour", _LOOK)
         read = sum(pc.sum(chunk.column("events")).as_py() or 0 for chunk in chunks)
         if read != (logged := sum(entry.records for entry in hour)):
             raise Finding(f"the batches hold {read} rows, their entries say {logged}", _LOOK)

@@ -13,8 +13,8 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from assets.jobs import IN_PROGRESS, hour_key, hours_of, ranges, reconcile, tags_of
-from render_platform.clock import DAY_US, US_PER_SECOND, hour_of
+from assets.jobs import IN_PROGRESS, START, hour_key, hour_of_key, hours_of, ranges, reconcile, tags_of
+from render_platform.clock import US_PER_SECOND, hour_of
 from render_platform.errors import UsageError
 from render_platform.pipeline import Platform
 from resources.platform import PlatformResource
@@ -56,10 +56,10 @@ def reconciliation_every_five_minutes(
 
 
 def _due(platform: Platform) -> list[int]:
-    """Due hours, but for those that ClickHouse no longer keeps: nobody can ever report them."""
-    days = platform.settings.retention_days
-    oldest = platform.clock.now_us() - days * DAY_US if days else 0
-    return [hour for hour in platform.hours.due() if hour >= oldest]
+    """Due hours, but for those that ClickHouse no longer keeps, which nobody can ever report, and those that are no
+    partition: one of these would fail the whole tick."""
+    oldest = max(platform.reconciler.kept_from(), hour_of_key(f"{START}-00:00"))
+    return [hour for hour in platform.hours.due() if oldest <= hour <= hour_of(platform.clock.now_us())]
 
 
 def _recent(instance: dg.DagsterInstance) -> tuple[set[int], Counter[int]]:

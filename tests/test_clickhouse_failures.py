@@ -89,7 +89,7 @@ def test_rows_expire_only_when_asked(clickhouse: ClickHouse, raw: Any, dsn: str,
         for table in ("usage_events", "usage_minute"):
             raw.command(f"OPTIMIZE TABLE {table} FINAL")
         assert (limited.totals()[0], rollup_events(limited)) == (0, 0)
-    with closing(open_clickhouse(dsn, name)):
+    with closing(open_clickhouse(dsn, name, retention_days=0)):
         assert ttl_tables(raw, name) == {"usage_events": 0, "usage_minute": 0}
 
 

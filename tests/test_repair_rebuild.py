@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -340,10 +340,15 @@ def test_a_lane_that_comes_into_the_day_while_it_is_staged_stops_the_rebuild(pla
     deliver(platform, made[:1], "again")
 
     class Overtaken:
-        def rebuild_day(self, day_us: int, tables: Iterator[pa.Table], expected: Totals) -> None:
-            staged: Sequence[pa.Table] = [next(tables)]
-            record(platform, make_events(3, 5, HOUR), "trace/late")
-            platform.clickhouse.rebuild_day(day_us, (table for part in (staged, tables) for table in part), expected)
+        def rebuild_day(
+            self, day_us: int, tables: Iterator[pa.Table], expected: Totals, ready: Callable[[], None]
+        ) -> None:
+            def late() -> None:
+                """All is staged and counted, and nothing is swapped yet."""
+                record(platform, make_events(3, 5, HOUR), "trace/late")
+                ready()
+
+            platform.clickhouse.rebuild_day(day_us, tables, expected, late)
 
         def close(self) -> None:
             """It is the other platform's."""

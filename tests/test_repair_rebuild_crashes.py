@@ -29,14 +29,17 @@ def platform(tmp_path: Path) -> Iterator[Platform]:
         yield opened
 
 
+Ready = Callable[[], None]
+
+
 class Rebuilding:
     """ClickHouse for a process that is killed in `rebuild_day`; `then` says what had been done by that time."""
 
     def __init__(self, platform: Platform, then: Callable[..., None]) -> None:
         self._real, self._then = platform.clickhouse, then
 
-    def rebuild_day(self, day_us: int, tables: Iterator[pa.Table], expected: Totals) -> None:
-        self._then(self._real, day_us, tables, expected)
+    def rebuild_day(self, day_us: int, tables: Iterator[pa.Table], expected: Totals, ready: Ready) -> None:
+        self._then(self._real, day_us, tables, expected, ready)
         raise Killed
 
     def __getattr__(self, name: str) -> Any:
@@ -194,9 +197,9 @@ def test_two_rebuilds_at_once_are_one(platform: Platform) -> None:
     others: list[str] = []
 
     class Overtaken(Rebuilding):
-        def rebuild_day(self, day_us: int, tables: Iterator[pa.Table], expected: Totals) -> None:
+        def rebuild_day(self, day_us: int, tables: Iterator[pa.Table], expected: Totals, ready: Ready) -> None:
             others.append(platform.repair(HOUR).way)
-            platform.clickhouse.rebuild_day(day_us, tables, expected)
+            platform.clickhouse.rebuild_day(day_us, tables, expected, ready)
 
         def close(self) -> None:
             """It is the other platform's."""

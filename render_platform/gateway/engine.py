@@ -32,13 +32,12 @@ from render_platform.gateway.limits import backoff_us
 from render_platform.gateway.problems import Draining, NoBackend, QueueFull
 from render_platform.gateway.scheduling import Queue
 from render_platform.gateway.store import Accept, Finish, Operation, Start
-from render_platform.gateway.writer import Submits
+from render_platform.gateway.writer import Submits, WriterEnded
 
 BACKOFF_BASE_US, BACKOFF_CAP_US = 100_000, 10 * US_PER_SECOND
 REMEMBERED = 10_000
 """Ended jobs that are kept in memory for those who watch; others are read from SQL."""
 WRITE_AGAIN_S = 1.0
-
 QueueKey = tuple[str, str | None]
 """A model, and the backend that was asked for."""
 _log = structlog.get_logger()
@@ -73,7 +72,6 @@ class Engine:
         self.accepted = self.retried = 0
 
     # Accepting.
-
     async def submit(self, request: Request, request_id: uuid.UUID) -> tuple[Job | uuid.UUID, bool]:
         """Accept a request durably: the job, and whether it is new.
 
@@ -153,7 +151,6 @@ class Engine:
         self._release(server)
 
     # Waiting.
-
     def enqueue(self, job: Job, *, again: bool = False) -> None:
         """Let a job wait for a slot; `again`: it was begun before, and stands before all of its lane."""
         key = (job.model.name, job.request.backend)
@@ -202,6 +199,8 @@ class Engine:
             try:
                 begun = await self._writer.submit(Start(job, job.attempt + 1))
                 break
+            except WriterEnded:
+                return
             except PlatformError as error:
                 _log.error("job_not_started", job_id=str(job.job_id), error=str(error))
                 await asyncio.sleep(WRITE_AGAIN_S)
@@ -307,7 +306,6 @@ class Engine:
         self._pump(server)
 
     # Ending.
-
     def cancel(self, job: Job, code: str) -> bool:
         """End a job early, for the reason `code`; False where its end is being committed, or stands."""
         if job.cancelled_by or job.state not in ("queued", "starting", "running", "waiting"):
@@ -329,6 +327,10 @@ class Engine:
             try:
                 event = await self._writer.submit(Finish(job, job.attempt, outcome, until_us))
                 break
+            except WriterEnded as error:  # the next start finds out how it ended; its client is told that nobody knows
+                if job.done is not None and not job.done.done():
+                    job.done.set_exception(error)
+                return
             except PlatformError as error:
                 _log.error("end_not_recorded", job_id=str(job.job_id), error=str(error))
                 if isinstance(error, RecordError) and outcome.error_code != "usage_refused":
@@ -375,7 +377,6 @@ class Engine:
         return self.jobs.get(job_id) or self._ended.get(job_id)
 
     # Tasks.
-
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)

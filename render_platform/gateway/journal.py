@@ -13,11 +13,14 @@ as values, and what the commit decided comes back. Replies come in the order of 
 from __future__ import annotations
 
 import asyncio
+import os
+import queue
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,13 +30,22 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
+from render_platform import __version__
 from render_platform.clock import SystemClock, SystemIds
 from render_platform.config import configure_logs
 from render_platform.database import Database, open_sqlite
 from render_platform.errors import RecordError, Unavailable
 from render_platform.gateway.acceptance import acceptance_of
 from render_platform.gateway.jobs import Job
-from render_platform.gateway.journal_messages import Reply, Told, operation_of, reply_to, result_of, told_of
+from render_platform.gateway.journal_messages import (
+    Reply,
+    Told,
+    operation_of,
+    refusal,
+    reply_to,
+    result_of,
+    told_of,
+)
 from render_platform.gateway.store import Do, JobStore, Operation
 from render_platform.gateway.writer import MAX_GROUP, Transactions, Waiter, gone, resolve
 from render_platform.keyring import open_signers
@@ -41,6 +53,7 @@ from render_platform.outbox import Outbox
 
 READ_BYTES = 256 * 1024
 START_S, STOP_S = 60.0, 30.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LENGTH = struct.Struct(">Q")
 _log = structlog.get_logger()
 
@@ -48,6 +61,7 @@ _log = structlog.get_logger()
 class Setup(msgspec.Struct, array_like=True):
     """What the child is told first."""
 
+    version: str
     database: str
     gateway_id: str
     epoch: int
@@ -57,8 +71,25 @@ class Setup(msgspec.Struct, array_like=True):
 
 _encode = msgspec.msgpack.Encoder().encode
 _setup: Any = msgspec.msgpack.Decoder(Setup)
-_told: Any = msgspec.msgpack.Decoder(list[Told])
-_replies: Any = msgspec.msgpack.Decoder(tuple[int, list[Reply]])
+_several: Any = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_told: Any = msgspec.msgpack.Decoder(Told)
+_replies: Any = msgspec.msgpack.Decoder(tuple[int, int, list[Reply]])
+
+
+def _spawn(connection: int, lock: int) -> subprocess.Popen[bytes]:
+    """The child, which imports what this process would: not what stands in the folder that it was started in.
+
+    Signals for both wait until it has said that they are not for it.
+    """
+    command = [sys.executable, "-P", "-m", __name__, str(connection)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return subprocess.Popen(  # noqa: S603 (our own program)
+            command, pass_fds=(connection, lock), stdin=subprocess.DEVNULL, env=environment
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _frame(value: Any) -> bytes:
@@ -109,21 +140,29 @@ class Journal(asyncio.Protocol):
         self.operations = 0
 
     async def start(self) -> None:
-        """Unavailable where the child does not come up."""
+        """Unavailable where the child does not come up; it is gone then, whatever ended the start."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", __name__, str(theirs.fileno())]
-            descriptors = (theirs.fileno(), self._lock)
-            self._process = subprocess.Popen(command, pass_fds=descriptors, stdin=subprocess.DEVNULL)  # noqa: S603
-        await self._loop.create_unix_connection(lambda: self, sock=ours)
-        self._write(self._initial)
         try:
+            with theirs:
+                self._process = _spawn(theirs.fileno(), self._lock)
+            await self._loop.create_unix_connection(lambda: self, sock=ours)
+            self._write(self._initial)
             async with asyncio.timeout(START_S):
-                await self._ready
-        except (TimeoutError, Unavailable):
+                await asyncio.shield(self._ready)
+        except BaseException as error:  # also where this is cancelled
+            ours.close()
+            self._abort()
+            if isinstance(error, TimeoutError | Unavailable | OSError):
+                raise Unavailable("the journal's process does not start", "see its errors above") from error
+            raise
+
+    def _abort(self) -> None:
+        self._over = True
+        if self._transport is not None:
+            self._transport.abort()
+        if self._process is not None:
             self._process.kill()
-            await asyncio.to_thread(self._process.wait)
-            raise Unavailable("the journal's process does not start", "see its errors above") from None
+            self._process.wait()
 
     def submit(self, operation: Operation, abandoned: Callable[[Any], None] | None = None) -> asyncio.Future[Any]:
         """As Writer.submit; a `Do` is not for it."""
@@ -133,8 +172,8 @@ class Journal(asyncio.Protocol):
             return future
         try:
             told = msgspec.Raw(_encode(told_of(operation)))
-        except OverflowError:
-            future.set_exception(RecordError("usage", "holds a number beyond 64 bits", "see the backend's answer"))
+        except (OverflowError, TypeError, ValueError) as error:
+            future.set_exception(RecordError("job", f"holds what cannot be recorded: {error}", "see the message"))
             return future
         if not self._asked:
             self._loop.call_soon(self.hand_over)
@@ -157,13 +196,14 @@ class Journal(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for frame in self._frames.take(data):
-            groups, replies = _replies.decode(frame)
+            groups, operations, replies = _replies.decode(frame)
             if not self._ready.done():
                 self._ready.set_result(None)
             self.groups += groups
-            self.operations += len(replies)
-            asked = [self._waiting.popleft() for _ in replies]
-            resolve([(one.waiter, result_of(one.job, reply)) for one, reply in zip(asked, replies, strict=True)])
+            self.operations += operations
+            for reply in replies:
+                result = result_of(self._waiting[0].job, reply)
+                resolve([(self._waiting.popleft().waiter, result)])
 
     def connection_lost(self, _: Exception | None) -> None:
         if not self._over or self._waiting:
@@ -173,64 +213,85 @@ class Journal(asyncio.Protocol):
         resolve([(one.waiter, gone()) for one in waiting])
         if not self._ready.done():
             self._ready.set_exception(Unavailable("the journal's process has ended", "see its errors above"))
-        self._closed.set_result(None)
+            self._ready.exception()  # whoever still waits is told; nobody need be
+        if not self._closed.done():
+            self._closed.set_result(None)
 
     async def stop(self) -> None:
-        """What was submitted before is written; then the child ends."""
+        """What was submitted before is written, and the child ends; one that still writes after STOP_S is left to it,
+        and keeps the lock: no other gateway begins before it is done."""
         self.hand_over()
         self._over = True
-        if self._transport is not None:
-            self._transport.write_eof()
-            await self._closed
-        if self._process is not None:
-            try:
-                await asyncio.to_thread(self._process.wait, STOP_S)
-            except subprocess.TimeoutExpired:  # it keeps the lock: no other gateway begins before it has written
-                _log.warning("journal_still_writes", process=self._process.pid)
+        if self._process is None or self._process.poll() is not None:
+            return
+        try:
+            async with asyncio.timeout(STOP_S):
+                if self._transport is not None:
+                    self._transport.write_eof()
+                    await asyncio.shield(self._closed)
+            await asyncio.to_thread(self._process.wait, STOP_S)
+        except (TimeoutError, subprocess.TimeoutExpired):
+            _log.warning("journal_still_writes", process=self._process.pid)
+            if self._transport is not None:
+                self._transport.abort()
 
 
 # In the child.
 
 
-class _Inbox:
-    """What the gateway sends. `over`: it has closed the socket, or is gone."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._frames = connection, _Frames()
-        self.over = False
-
-    def frames(self, *, wait: bool) -> Iterator[bytes]:
-        """The frames that are whole now; with `wait`, something has come first."""
-        try:
-            data = self._connection.recv(READ_BYTES, 0 if wait else socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:  # it was killed
-            data = b""
-        self.over = not data
-        yield from self._frames.take(data)
+def _receive(connection: socket.socket, inbox: queue.SimpleQueue[bytes | None]) -> None:
+    """Frames as they come, while a commit is under way too: the socket holds little. None: the gateway is gone."""
+    frames = _Frames()
+    with suppress(OSError):  # it was killed
+        while data := connection.recv(READ_BYTES):
+            for frame in frames.take(data):
+                inbox.put(frame)
+    inbox.put(None)
 
 
 def _write_until_closed(connection: socket.socket) -> None:
     """Write what comes, a group a transaction, until the gateway closes the socket."""
-    inbox = _Inbox(connection)
-    setup: Setup | None = None
-    while setup is None:
-        setup = next((_setup.decode(frame) for frame in inbox.frames(wait=True)), None)
-        if inbox.over:
-            return
+    inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), name="inbox", daemon=True).start()
+    frame = inbox.get()
+    if frame is None:
+        return
+    setup = _setup.decode(frame)
+    if setup.version != __version__:
+        raise SystemExit(f"this journal is of version {__version__}, its gateway of {setup.version}")
     database = open_sqlite(Path(setup.database))
     transactions = Transactions(database, _store(database, setup))
-    _send(connection, (0, []))
-    waiting: deque[Operation] = deque()
-    while waiting or not inbox.over:
-        waiting += _received(inbox, wait=not waiting)
+    _send(connection, (0, 0, []))
+    waiting: deque[Operation | RecordError] = deque()
+    over = False
+    while waiting or not over:
+        while not over and len(waiting) < MAX_GROUP and not (waiting and inbox.empty()):
+            frame = inbox.get()
+            over = frame is None
+            waiting += [_operation(raw) for raw in _several.decode(frame)] if frame else []
         group = [waiting.popleft() for _ in range(min(MAX_GROUP, len(waiting)))]
         if group:
-            before = transactions.groups
-            replies = [reply_to(*one) for one in zip(group, transactions.write(group), strict=True)]
-            _send(connection, (transactions.groups - before, replies))
+            _send(connection, _written(transactions, group))
     database.close()
+
+
+def _operation(raw: msgspec.Raw) -> Operation | RecordError:
+    """What was asked for; a value of another type than its field's fails alone."""
+    try:
+        return operation_of(_told.decode(raw))
+    except (msgspec.MsgspecError, ValueError) as error:
+        return RecordError("job", f"holds what cannot be recorded: {error}", "see the message")
+
+
+def _written(
+    transactions: Transactions[Operation], group: list[Operation | RecordError]
+) -> tuple[int, int, list[Reply]]:
+    """A group's transactions, the operations in them, and a reply each."""
+    groups, operations = transactions.groups, transactions.operations
+    good = [one for one in group if not isinstance(one, RecordError)]
+    results = iter(zip(good, transactions.write(good) if good else [], strict=True))
+    replies = [refusal(one) if isinstance(one, RecordError) else reply_to(*next(results)) for one in group]
+    return transactions.groups - groups, transactions.operations - operations, replies
 
 
 def _store(database: Database, setup: Setup) -> JobStore:
@@ -243,10 +304,6 @@ def _store(database: Database, setup: Setup) -> JobStore:
     return JobStore(Outbox(database, ids), SystemClock(), ids, setup.gateway_id, setup.epoch, sign)
 
 
-def _received(inbox: _Inbox, *, wait: bool) -> list[Operation]:
-    return [operation_of(one) for frame in inbox.frames(wait=wait) for one in _told.decode(frame)]
-
-
 def _send(connection: socket.socket, value: Any) -> None:
     """A gateway that is gone is told nothing; what it had sent is written all the same."""
     with suppress(BrokenPipeError, ConnectionResetError):
@@ -255,8 +312,9 @@ def _send(connection: socket.socket, value: Any) -> None:
 
 def main() -> None:
     """The gateway decides when it ends, by closing the socket: signals that are for both are its own affair."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     configure_logs()
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         connection.setblocking(True)

@@ -229,14 +229,17 @@ def _job_of(told: _Job, accept: _Accept | None = None) -> Job:
 
 def reply_to(operation: Operation, result: Any) -> Reply:
     if isinstance(result, PlatformError):
-        kind = f"RecordError:{result.field}" if isinstance(result, RecordError) else type(result).__name__
-        message = (
-            result.message.removeprefix(f"{result.field}: ") if isinstance(result, RecordError) else result.message
-        )
-        return _Refused(kind, message, result.remedy)
+        return refusal(result)
     if isinstance(operation, Accept):
         job = operation.job
         return _Accepted(job.seq, job.customer_ref, job.acceptance) if result is None else _Stands(result.bytes)
     if isinstance(operation, Start):
         return _Begun(result)
     return _Ended(None if result is None else list(storage_row(result).values()))
+
+
+def refusal(error: PlatformError) -> Reply:
+    """An error as a reply. The field of a RecordError goes apart from what is said of it."""
+    if isinstance(error, RecordError):
+        return _Refused(f"RecordError:{error.field}", error.message.removeprefix(f"{error.field}: "), error.remedy)
+    return _Refused(type(error).__name__, error.message, error.remedy)

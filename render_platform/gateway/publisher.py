@@ -13,6 +13,7 @@ from collections.abc import Callable
 import structlog
 
 from render_platform.clickhouse import ClickHouse
+from render_platform.clickhouse_connection import INSERT_S
 from render_platform.clock import US_PER_SECOND, Clock
 from render_platform.errors import PlatformError
 from render_platform.events import UsageEvent, table_from_events
@@ -92,7 +93,8 @@ class Publisher:
 
     def _take(self) -> list[UsageEvent]:
         """The next batch, without what is older than the deadline: its window may be judged already."""
-        oldest_us = self._clock.now_us() - self._deadline_s * US_PER_SECOND
+        young_s = self._deadline_s - min(INSERT_S, self._deadline_s // 2)  # what it sends has arrived, or never will
+        oldest_us = self._clock.now_us() - young_s * US_PER_SECOND
         while self._waiting and self._waiting[0].recorded_at < oldest_us:
             self._waiting.popleft()
             self.dropped += 1

@@ -17,6 +17,7 @@ from typing import IO
 import sqlalchemy as sa
 import structlog
 
+from render_platform import __version__
 from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import US_PER_SECOND, Clock, Ids, SystemClock, SystemIds, uuid7
@@ -211,7 +212,9 @@ class Gateway:
 
     def _journal_setup(self, keys: RoleKeys) -> Setup:
         settings, key = self.settings, str(keys.path("gateway"))
-        return Setup(str(settings.database_path), self.gateway_id, self.epoch, settings.gateway_signer, key)
+        return Setup(
+            __version__, str(settings.database_path), self.gateway_id, self.epoch, settings.gateway_signer, key
+        )
 
     def request_id(self, given: str | None) -> uuid.UUID:
         """The client's own id where it is a UUID, else a new one."""

@@ -31,6 +31,10 @@ Waiter = tuple[asyncio.Future[Any], Callable[[Any], None] | None]
 _log = structlog.get_logger()
 
 
+class WriterEnded(Unavailable):
+    """Nothing can be written any more. Whether what was asked for stands, the next start finds out."""
+
+
 class Applier(Protocol[Op]):
     """What turns operations into SQL."""
 
@@ -197,8 +201,8 @@ def _as_platform_error(error: Exception) -> PlatformError:
     return Unavailable(f"the database refused a write: {type(error).__name__}", "see the log of the gateway")
 
 
-def gone() -> Unavailable:
-    return Unavailable("the database writer has ended", "start the gateway again")
+def gone() -> WriterEnded:
+    return WriterEnded("the database writer has ended", "start the gateway again")
 
 
 def resolve(told: list[tuple[Waiter, Any]]) -> None:

@@ -17,10 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from render_platform import __version__
 from render_platform.clock import SystemClock, SystemIds, uuid7
 from render_platform.database import open_sqlite
 from render_platform.errors import RecordError, Unavailable
 from render_platform.events import storage_row
+from render_platform.gateway import journal
 from render_platform.gateway.acceptance import Acceptance, acceptance_of
 from render_platform.gateway.archive import Archive
 from render_platform.gateway.backends import Usage
@@ -29,6 +31,7 @@ from render_platform.gateway.journal import Journal, Setup
 from render_platform.gateway.journal_messages import Told, operation_of, told_of
 from render_platform.gateway.problems import Conflict
 from render_platform.gateway.store import Accept, Do, Finish, Start
+from render_platform.gateway.writer import WriterEnded
 from render_platform.note import load_or_create_key
 from tests.gateway.engines import backend, model_of, read_sql
 
@@ -75,16 +78,16 @@ async def started(folder: Path) -> AsyncIterator[Stage]:
     gateway_id, epoch, _ = Archive(database, SystemClock(), SystemIds()).begin_epoch()
     database.close()
     load_or_create_key(folder / "gateway.key", "example.com/gateway")
-    setup = Setup(str(folder / "platform.db"), gateway_id, epoch, "", str(folder / "gateway.key"))
+    setup = Setup(__version__, str(folder / "platform.db"), gateway_id, epoch, "", str(folder / "gateway.key"))
     died = asyncio.Event()
     with (folder / "gateway.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        journal = Journal(setup, lock.fileno(), asyncio.get_running_loop(), died)
-        await journal.start()
+        made = Journal(setup, lock.fileno(), asyncio.get_running_loop(), died)
+        await made.start()
     try:
-        yield Stage(journal, died, folder, setup)
+        yield Stage(made, died, folder, setup)
     finally:
-        await journal.stop()
+        await made.stop()
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -137,7 +140,7 @@ def test_what_is_refused_is_refused_as_in_this_process(tmp_path: Path) -> None:
             with pytest.raises(RecordError, match=r"^gpu_time_ns: .* outside 0") as caught:
                 await stage.journal.submit(Finish(first, 1, ended(gpu_time_ns=10**15)))
             assert caught.value.field == "gpu_time_ns"
-            with pytest.raises(RecordError, match="64 bits"):
+            with pytest.raises(RecordError, match="cannot be recorded"):
                 await stage.journal.submit(Finish(first, 1, ended(usage=Usage(2**70))))
             with pytest.raises(Unavailable):
                 await stage.journal.submit(Do(lambda _: None))
@@ -165,6 +168,82 @@ def test_what_one_turn_asks_for_is_one_transaction_and_a_bad_one_fails_alone(tmp
     run(test)
 
 
+def test_all_that_waits_is_one_group_however_large(tmp_path: Path) -> None:
+    """More than a socket holds, asked for in turns of their own while nothing is written."""
+
+    async def test() -> None:
+        async with started(tmp_path) as stage:
+            stage.process.send_signal(signal.SIGSTOP)
+            futures = []
+            for _ in range(200):
+                job = new_job()
+                job.request = replace(job.request, body=b"x" * 20_000)
+                futures.append(stage.journal.submit(Accept(job, False)))
+                await asyncio.sleep(0)
+            stage.process.send_signal(signal.SIGCONT)
+            assert await asyncio.gather(*futures) == [None] * 200
+            assert stage.journal.groups <= 12
+
+    run(test)
+
+
+def test_a_value_of_another_type_is_refused_alone(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with started(tmp_path) as stage:
+            job = await stage.accepted()
+            bad: Any = [ended(energy_mj=7.5), ended(device="\ud800")]
+            for outcome in bad:
+                good = stage.journal.submit(Accept(new_job(), True))
+                with pytest.raises(RecordError, match="cannot be recorded"):
+                    await stage.journal.submit(Finish(job, 1, outcome))
+                assert await good is None
+            assert stage.journal.operations == 3
+            assert not stage.died.is_set()
+
+    run(test)
+
+
+def test_a_process_that_is_stuck_does_not_hold_up_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "STOP_S", 0.3)
+
+    async def test() -> None:
+        async with started(tmp_path) as stage:
+            stage.process.send_signal(signal.SIGSTOP)
+            future = stage.journal.submit(Accept(new_job(), True))
+            await stage.journal.stop()
+            with pytest.raises(WriterEnded):
+                await future
+            stage.process.kill()
+
+    run(test)
+
+
+def test_it_imports_what_its_gateway_does_and_nothing_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit(9)")
+
+    async def test() -> None:
+        before = Path.cwd()
+        os.chdir(tmp_path)
+        try:
+            async with started(tmp_path) as stage:
+                assert (await stage.accepted()).seq == 1
+        finally:
+            os.chdir(before)
+
+    run(test)
+
+
+def test_another_version_of_it_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.gateway.test_journal.__version__", "0.0.0")
+
+    async def test() -> None:
+        with pytest.raises(Unavailable, match="does not start"):
+            async with started(tmp_path):
+                pass
+
+    run(test)
+
+
 def test_a_result_that_nobody_waits_for_is_told_all_the_same(tmp_path: Path) -> None:
     async def test() -> None:
         async with started(tmp_path) as stage:
@@ -183,7 +262,7 @@ def test_a_process_that_dies_leaves_nobody_waiting(tmp_path: Path) -> None:
             await asyncio.sleep(0)
             stage.process.kill()
             found = await asyncio.gather(*waiting, return_exceptions=True)
-            assert [type(one) for one in found] == [Unavailable] * 3
+            assert [type(one) for one in found] == [WriterEnded] * 3
             assert stage.died.is_set()
             with pytest.raises(Unavailable, match="has ended"):
                 await stage.journal.submit(Accept(new_job(), True))
@@ -248,10 +327,10 @@ def test_what_was_submitted_before_the_end_is_written_and_nothing_after(tmp_path
 
 def test_a_process_that_cannot_begin_is_an_error_at_the_start(tmp_path: Path) -> None:
     async def test() -> None:
-        setup = Setup(str(tmp_path / "platform.db"), "gw", 1, "", str(tmp_path / "missing.key"))
-        journal = Journal(setup, os.open(tmp_path, os.O_RDONLY), asyncio.get_running_loop(), asyncio.Event())
+        setup = Setup(__version__, str(tmp_path / "platform.db"), "gw", 1, "", str(tmp_path / "missing.key"))
+        made = Journal(setup, os.open(tmp_path, os.O_RDONLY), asyncio.get_running_loop(), asyncio.Event())
         with pytest.raises(Unavailable, match="journal"):
-            await journal.start()
+            await made.start()
 
     run(test)
 

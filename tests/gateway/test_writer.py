@@ -19,7 +19,7 @@ from render_platform import database as sql
 from render_platform.database import ingested
 from render_platform.errors import PlatformError, RecordError, Unavailable
 from render_platform.gateway.store import Accept, Do
-from render_platform.gateway.writer import MAX_GROUP
+from render_platform.gateway.writer import MAX_GROUP, WriterEnded
 from tests.gateway.engines import (
     Rig,
     backend,
@@ -141,7 +141,7 @@ def test_a_writer_that_dies_says_so_and_leaves_nobody_waiting(tmp_path: Path) ->
                 asked = asyncio.ensure_future(rig.submit())
                 await pause()
             found = await asyncio.gather(*waiting, asked, return_exceptions=True)
-            assert [type(one) for one in found] == [Unavailable] * 4
+            assert [type(one) for one in found] == [WriterEnded] * 4
             assert rig.writer.died.is_set()
             with pytest.raises(Unavailable, match="has ended"):
                 await rig.submit()

@@ -25,7 +25,7 @@ from render_platform import clickhouse as clickhouse_module
 from render_platform.cas import Cas, path_of
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clickhouse_schema import ROLLUP_SCHEMA, SLOW_SCHEMA
-from render_platform.clock import HOUR_US, WINDOW_US
+from render_platform.clock import HOUR_US, WINDOW_US, hour_of
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import DigestMismatch, Finding, Missing, PlatformError, Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA, table_from_events, table_from_rows, total_gpu_time_ns
@@ -43,13 +43,14 @@ class Stored:
         self.objects = MemoryObjects()
         cas = Cas(self.objects)
         self.entries = []
+        self.hour = hour_of(tables[0].column("recorded_at")[0].value) if tables and tables[0].num_rows else HOUR
         for seq, table in enumerate(tables):
             data = batches.encode(table)
             entry = AuditEntry(
                 type="usage_batch",
                 batch_id=f"batch-{seq}",
                 previous=FIRST_PREVIOUS,
-                recorded_hour=HOUR,
+                recorded_hour=self.hour,
                 batch_seq=seq,
                 subject_digest=cas.put(data),
                 subject_size=len(data),
@@ -61,11 +62,11 @@ class Stored:
 
     def aggregates(self) -> pa.Table:
         with duckdb.connect() as connection:
-            return self.slow.window_aggregates(self.slow.hour(HOUR), connection)
+            return self.slow.window_aggregates(self.slow.hour(self.hour), connection)
 
     def row_values(self) -> Iterator[pa.Table]:
         with duckdb.connect() as connection:
-            yield from self.slow.row_values(self.slow.hour(HOUR), connection)
+            yield from self.slow.row_values(self.slow.hour(self.hour), connection)
 
     def path(self, seq: int) -> str:
         return path_of(str(self.entries[seq].subject_digest))
@@ -103,11 +104,10 @@ def cells(field: pa.Field) -> st.SearchStrategy[Any]:
 @st.composite
 def stored_rows(draw: st.DrawFn) -> list[tuple[Any, ...]]:
     """Rows of EVENT_SCHEMA as SQL stores them, of three customers, with anything in their other columns."""
-    hour = HOUR + next(_hours) * HOUR_US
     key = {
         "customer_ref": st.sampled_from(factories.CUSTOMERS[:3]),
         "model_name": st.sampled_from(["a", "b"]),
-        "recorded_at": st.integers(hour, hour + HOUR_US - 1),
+        "recorded_at": st.integers(HOUR, HOUR + HOUR_US - 1),
     }
     row = st.tuples(*(key[field.name] if field.name in key else cells(field) for field in EVENT_SCHEMA))
     return draw(st.lists(row, min_size=1, max_size=12, unique_by=lambda one: one[0]))
@@ -116,7 +116,8 @@ def stored_rows(draw: st.DrawFn) -> list[tuple[Any, ...]]:
 @settings(max_examples=25, deadline=None)
 @given(rows=stored_rows(), parts=st.integers(1, 3))
 def test_both_engines_add_up_what_python_does(clickhouse: ClickHouse, rows: list[tuple[Any, ...]], parts: int) -> None:
-    table = table_from_rows(rows)
+    at, hour = EVENT_SCHEMA.names.index("recorded_at"), HOUR + next(_hours) * HOUR_US
+    table = table_from_rows([(*row[:at], row[at] - HOUR + hour, *row[at + 1 :]) for row in rows])
     size = -(-len(rows) // parts)
     stored = Stored(*[table.slice(at, size) for at in range(0, len(rows), size)])
     expected = checksums.sums_of_table(table)
@@ -124,8 +125,6 @@ def test_both_engines_add_up_what_python_does(clickhouse: ClickHouse, rows: list
     assert slow.schema.equals(SLOW_SCHEMA)
     assert by_key(slow) == expected
 
-    first = min(row[EVENT_SCHEMA.names.index("recorded_at")] for row in rows)
-    hour = first - first % HOUR_US
     clickhouse.insert_events(table, f"{hour}")
     fast = clickhouse.window_aggregates(hour, hour + HOUR_US)
     assert by_key(fast.select(slow.column_names)) == expected

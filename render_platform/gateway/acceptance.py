@@ -6,6 +6,7 @@ newline, a blank line and a signature line. Within an epoch `seq` counts every a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from render_platform import canonical
@@ -42,6 +43,16 @@ class Acceptance:
         if not good:
             raise Finding("the note is no acceptance: a field has another type")
         return cls(**values)
+
+
+def signing(signer: Signer, gateway_id: str, epoch: int) -> Callable[[Job], None]:
+    """What signs a job's acceptance once that stands; one whose client waits on the connection needs none."""
+
+    def sign(job: Job) -> None:
+        if not job.request.direct:
+            job.acceptance = acceptance_of(job, gateway_id, epoch).to_note(signer)
+
+    return sign
 
 
 def acceptance_of(job: Job, gateway_id: str, epoch: int) -> Acceptance:

@@ -35,7 +35,7 @@ from render_platform.clock import SystemClock, SystemIds
 from render_platform.config import configure_logs
 from render_platform.database import Database, open_sqlite
 from render_platform.errors import RecordError, Unavailable
-from render_platform.gateway.acceptance import acceptance_of
+from render_platform.gateway.acceptance import signing
 from render_platform.gateway.jobs import Job
 from render_platform.gateway.journal_messages import (
     Reply,
@@ -296,11 +296,7 @@ def _written(
 
 def _store(database: Database, setup: Setup) -> JobStore:
     ids, signer = SystemIds(), open_signers(setup.signer, Path(setup.key))[0]
-
-    def sign(job: Job) -> None:
-        if not job.request.direct:
-            job.acceptance = acceptance_of(job, setup.gateway_id, setup.epoch).to_note(signer)
-
+    sign = signing(signer, setup.gateway_id, setup.epoch)
     return JobStore(Outbox(database, ids), SystemClock(), ids, setup.gateway_id, setup.epoch, sign)
 
 

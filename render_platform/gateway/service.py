@@ -25,7 +25,7 @@ from render_platform.config import Settings
 from render_platform.database import gateways, job_outputs, open_sqlite
 from render_platform.errors import Missing, PlatformError, SequencerStopped, Unavailable, UsageError
 from render_platform.events import UsageEvent
-from render_platform.gateway.acceptance import acceptance_of
+from render_platform.gateway.acceptance import acceptance_of, signing
 from render_platform.gateway.archive import LEASE_US, Archive, Recovered
 from render_platform.gateway.backends import Backend
 from render_platform.gateway.catalogue import BackendSpec, Catalogue, make_catalogue
@@ -101,9 +101,8 @@ class Gateway:
         self._log_size = keys.log_size
         name = f"render-platform.local/{self.gateway_id}"
         self.signer = keys.signers("gateway", settings.gateway_signer, name, old=False)[0]
-        self.store = JobStore(
-            self.outbox, self.clock, self.ids, self.gateway_id, self.epoch, on_accept=self._sign_acceptance
-        )
+        sign = signing(self.signer, self.gateway_id, self.epoch)
+        self.store = JobStore(self.outbox, self.clock, self.ids, self.gateway_id, self.epoch, sign)
         loop, self.died = asyncio.get_running_loop(), asyncio.Event()
         self.writer: Writer[Operation] = Writer(self.database, self.store, loop, self.died)
         self.journal = Journal(self._journal_setup(keys), self._lock.fileno(), loop, self.died) if apart else None
@@ -241,11 +240,6 @@ class Gateway:
         """The job's signed acceptance. Signed with its commit, it is given once; after that it is signed again."""
         note, job.acceptance = job.acceptance, ""
         return note or acceptance_of(job, self.gateway_id, self.epoch).to_note(self.signer)
-
-    def _sign_acceptance(self, job: Job) -> None:
-        """On the writer's thread: signing is half of it without Python's lock, beside the loop."""
-        if not job.request.direct:
-            job.acceptance = acceptance_of(job, self.gateway_id, self.epoch).to_note(self.signer)
 
     def _open_clickhouse(self) -> ClickHouse:
         settings = self.settings

@@ -37,6 +37,7 @@ LABELS = {
     "tiles": "verify the log's tiles",
     "blobs": "verify objects",
     "events": "look for events that stand twice",
+    "charges": "rate charges again",
     "read": "read the trace",
     "entries": "find the entries of the hours",
     "members": "write the bundle",

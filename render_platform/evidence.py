@@ -70,6 +70,10 @@ class Verification:
     blobs: int = 0
     deep: bool = False
     hours: dict[int, Reread] = field(default_factory=dict)
+    charges: int = 0
+    """Records of charges that were made again from batches and price books, and compared."""
+    logged: list[Logged] = field(default_factory=list, repr=False)
+    """The log's entries, as far as they could be trusted."""
 
     @property
     def verified(self) -> bool:
@@ -95,6 +99,7 @@ class Verification:
             "objects": self.blobs,
             "deep": self.deep,
             "rows_read": self.deep_records,
+            "charges_rated": self.charges,
             "problems": [problem.as_json() for problem in self.problems],
             "notes": self.notes,
         }

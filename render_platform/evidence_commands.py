@@ -13,7 +13,8 @@ import click
 from render_platform import console, keyring, receipt_verifier, witness
 from render_platform.audit_log import CHECKPOINT
 from render_platform.bundle import BundleVerification, make_bundle, verify_bundle
-from render_platform.cas import NamedDigests, collect_orphans, open_objects
+from render_platform.cas import Cas, NamedDigests, collect_orphans, open_objects
+from render_platform.charges.chain import rerate
 from render_platform.clickhouse import open_clickhouse
 from render_platform.clock import DAY_US, SystemClock, SystemIds
 from render_platform.config import Settings, load_settings
@@ -74,11 +75,7 @@ def verify_command(
     if not evidence.history:
         notes += [f"{'' if keys else 'unwitnessed: '}no earlier checkpoint is known here; a log cut short would verify"]
     published = _published(evidence)
-    ranged = start is not None or end is not None
-    with console.progress_bars() as progress:
-        outcome = verify(
-            evidence, deep=deep, start_us=start or 0, end_us=end or END_OF_TIME_US, only_range=ranged, progress=progress
-        )
+    outcome = _verified(evidence, deep, start, end)
     if outcome.checkpoint is not None:
         if not published or claimed_checkpoint(published) != outcome.checkpoint:
             raise Unavailable("a checkpoint was published just when this began", "run the command again")
@@ -92,6 +89,17 @@ def verify_command(
     else:
         console.print_verification(console.person(), outcome)
     sys.exit(0 if outcome.verified else 1)
+
+
+def _verified(evidence: Evidence, deep: bool, start: int | None, end: int | None) -> Verification:
+    """With progress. Charges are rated again where all rows may be read."""
+    whole = start is None and end is None
+    asked = {"start_us": start or 0, "end_us": end or END_OF_TIME_US}
+    with console.progress_bars() as progress:
+        outcome = verify(evidence, deep=deep, **asked, only_range=not whole, progress=progress)
+        if deep and whole:
+            rerate(outcome, Cas(evidence.blobs), progress)
+    return outcome
 
 
 def _own(settings: Settings) -> tuple[Evidence, list[str]]:

@@ -47,6 +47,7 @@ def verify(
     """
     outcome = Verification(deep=deep)
     entries, keyring = _read_log(evidence, outcome, progress)
+    outcome.logged = entries
     order = _Order(outcome)
     for logged in entries:
         order.follow(logged.entry)

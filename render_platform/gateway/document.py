@@ -47,6 +47,7 @@ OBJECT, CHECKPOINT, TILE = "/v1/objects/{digest}", "/audit/checkpoint", "/audit/
 STORED = (OBJECT, CHECKPOINT, TILE)
 """Stored bytes as they are, with an ETag."""
 RECEIPT = "/jobs/{job_id}/receipt"
+USAGE = "/usage"
 SUBMISSIONS = (*GENERATE, "/queue", *STREAMED, "/v1/embeddings")
 
 _TEXT = Schema(type=OpenAPIType.STRING)
@@ -142,9 +143,9 @@ def _refusals(operation: Operation, method: str, path: str) -> Iterator[int]:
         yield from (401, 503)
     if path not in (*OPEN, *FREE):
         yield from (403, 429)
-    if "{job_id}" in path or path in STORED:
+    if "{job_id}" in path or path in (*STORED, USAGE):
         yield 404
-    if path in (*STORED, RECEIPT, "/v1/objects"):
+    if path in (*STORED, RECEIPT, USAGE, "/v1/objects"):
         yield 500  # evidence that does not hold
     if any(isinstance(one, Parameter) and one.param_in == "query" for one in operation.parameters or []):
         yield 422
@@ -155,7 +156,7 @@ def _refusals(operation: Operation, method: str, path: str) -> Iterator[int]:
     if path == "/jobs/{job_id}/output":
         yield 410
     if method == "post" and path in SUBMISSIONS:
-        yield from (400, 404, 410, 499, 502, 504)
+        yield from (400, 402, 404, 410, 499, 502, 504)
 
 
 def _answers(method: str, path: str) -> dict[str, OpenAPIResponse]:

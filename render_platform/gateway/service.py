@@ -31,7 +31,7 @@ from render_platform.gateway.backends import Backend
 from render_platform.gateway.catalogue import BackendSpec, Catalogue, make_catalogue
 from render_platform.gateway.engine import Engine
 from render_platform.gateway.fleet import Device, Fleet, Server, never_ran
-from render_platform.gateway.identity import ApiKeys, Customers, Identity
+from render_platform.gateway.identity import ApiKeys, Customers, Identity, Principal
 from render_platform.gateway.ingest import Ingest
 from render_platform.gateway.jobs import STOPPING, Job
 from render_platform.gateway.journal import Journal, Setup
@@ -94,6 +94,8 @@ class Gateway:
             self.keys, Tokens(_issuers(self.catalogue)), self.customers, self.clock, self.anonymous
         )
         self.buckets = Buckets()
+        self.may_submit: Callable[[Principal], None] = lambda _caller: None
+        """Refuses a caller who may not give jobs now; see spend_routes.BudgetGuard."""
         self.meter = open_meter(settings.meter)
         self.fleet = _fleet(self.catalogue, self.meter, kinds or KINDS)
         self.gateway_id, self.epoch, self._dropped_before = self.archive.begin_epoch()

@@ -44,6 +44,7 @@ def request_of(
 ) -> Request:
     """The request, checked field by field; RecordError, NotFound or Forbidden says what is wrong with it."""
     gateway = gateway_of(request)
+    gateway.may_submit(caller)
     model = find_model(gateway, asked.model)
     task = asked.task or model.tasks[0]
     _one_of("task", task, model.tasks)

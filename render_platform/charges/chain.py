@@ -1,0 +1,255 @@
+"""The chain of charges in a log, read from entries and objects alone: months, their records, and rating again.
+
+Whoever holds the log can do this: it needs no SQL. `charging` does the same with the log of a state folder.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal, localcontext
+from tempfile import TemporaryDirectory
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import duckdb
+
+from render_platform.cas import Cas
+from render_platform.charges.price_book import PriceBook, parse_price_book
+from render_platform.charges.rating import (
+    EXACT,
+    USAGE_SCHEMA,
+    Batches,
+    Key,
+    MonthState,
+    build_day,
+    build_invoice,
+    rated_amount,
+    usage_sql,
+)
+from render_platform.charges.records import DayCharges, Invoice, parse_day, parse_invoice
+from render_platform.clock import DAY_US, US_PER_SECOND, iso
+from render_platform.entries import AuditEntry
+from render_platform.errors import Finding, Missing, Unavailable, UsageError
+from render_platform.evidence import Progress, Verification
+from render_platform.slow_path import SlowPath
+
+TYPES = ("charges", "correction")
+BOOK, DAY, INVOICE = "price-book/", "day/", "invoice/"
+Connect = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
+_Record = TypeVar("_Record", DayCharges, Invoice)
+
+
+class Numbered(NamedTuple):
+    """An entry and its index in the log."""
+
+    at: int
+    entry: AuditEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Logged(Generic[_Record]):
+    """A record, the digest of its bytes, and where it stands in the log. `changed`: it was logged just now."""
+
+    record: _Record
+    digest: str
+    log_index: int
+    changed: bool = False
+
+
+@dataclass(slots=True)
+class Month:
+    """All that the log says of a month, in its order; `state` is what these records come to."""
+
+    days: list[Logged[DayCharges]] = field(default_factory=list)
+    invoices: list[Logged[Invoice]] = field(default_factory=list)
+    state: MonthState = field(default_factory=MonthState)
+
+    def add(self, numbered: Numbered, cas: Cas) -> None:
+        """The next entry's record. Finding where the object is no such record, or says another day than its entry."""
+        index, entry = numbered
+        digest = str(entry.subject_digest)
+        if entry.batch_id.startswith(DAY):
+            record = parse_day(cas.get(digest))
+            said = (record.day_us, record.revision, record.events, record.gpu_time_ns)
+            if said != (entry.recorded_hour, entry.batch_seq, entry.records, entry.gpu_time_ns):
+                raise Finding(f"{entry.batch_id}: the record does not say what its entry says")
+            self.days.append(Logged(record, digest, index))
+            self.state.add_day(digest, record)
+        elif entry.batch_id.startswith(INVOICE):
+            invoice = parse_invoice(cas.get(digest))
+            if (invoice.month, invoice.revision) != (month_of(entry.recorded_hour or 0), entry.batch_seq):
+                raise Finding(f"{entry.batch_id}: the invoice does not say what its entry says")
+            self.invoices.append(Logged(invoice, digest, index))
+            self.state.add_invoice(digest, invoice)
+
+    def day(self, day_us: int) -> Logged[DayCharges] | None:
+        """The day's newest record."""
+        return next((one for one in reversed(self.days) if one.record.day_us == day_us), None)
+
+
+def month_of(at_us: int) -> str:
+    return iso(at_us)[:7]
+
+
+def month_bounds(month: str) -> tuple[int, int]:
+    """Begin and end of a month; UsageError where it is none."""
+    try:
+        begin = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
+    except ValueError:
+        raise UsageError(f"{month!r} is not a month", "give it as 2026-11") from None
+    end = begin.replace(year=begin.year + begin.month // 12, month=begin.month % 12 + 1)
+    return int(begin.timestamp()) * US_PER_SECOND, int(end.timestamp()) * US_PER_SECOND
+
+
+@contextmanager
+def connected(connect: Connect = duckdb.connect) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB, its errors translated; what it spills is nobody else's to read."""
+    try:
+        with TemporaryDirectory(prefix="render-platform-") as folder, connect() as connection:
+            connection.execute(f"SET temp_directory = '{folder}'")
+            yield connection
+    except (duckdb.Error, OSError) as error:
+        raise Unavailable(f"DuckDB failed: {error}", "see the message") from error
+
+
+def read_usage(
+    slow: SlowPath, found: Sequence[Numbered], book: PriceBook, connection: duckdb.DuckDBPyConnection
+) -> list[dict[str, Any]]:
+    """Rows of USAGE_SCHEMA of the batches, digests checked. Finding where they hold more or fewer than the log says."""
+    entries = [entry for _, entry in found]
+    rows = [
+        row
+        for table in slow.query_chunks(entries, connection, usage_sql(book), USAGE_SCHEMA)
+        for row in table.to_pylist()
+    ]
+    read, logged = sum(row["events"] for row in rows), sum(entry.records for entry in entries)
+    if read != logged:
+        raise Finding(
+            f"the batches hold {read} rows, their entries say {logged}", "run `render-platform verify --deep`"
+        )
+    return rows
+
+
+def batches_named(found: Sequence[Numbered]) -> Batches:
+    return Batches(len(found), found[0].at if found else None, found[-1].at if found else None)
+
+
+def problems_of(month: Month) -> Iterator[str]:
+    """What is wrong with the sums: lines against amounts, what was issued against lines, invoices against both."""
+    for one in month.days:
+        for line in one.record.lines:
+            if rated_amount(line) != Decimal(line.amount):
+                yield f"{iso(one.record.day_us)[:10]}: {line.sku} of {line.customer_ref[:12]} is not quantity × price"
+    due: dict[Key, tuple[Decimal, Decimal]] = {}
+    issued: dict[Key, Decimal] = defaultdict(Decimal)
+    totals = month.state.totals()
+    with localcontext(EXACT):
+        for one in month.days:
+            for part in one.record.issued:
+                key = part.customer_ref, part.sku
+                issued[key] += Decimal(part.issued)
+                due[key] = Decimal(part.total), Decimal(part.rounded)
+        for key, (total, rounded) in sorted(due.items()):
+            if totals.get(key, Decimal(0)) != total or issued[key] != rounded:
+                yield f"{key[1]} of {key[0][:12]}: the records issue {issued[key]}, the month's lines come to {total}"
+        yield from _invoice_problems(month)
+
+
+def _invoice_problems(month: Month) -> Iterator[str]:
+    """Only as far as the newest invoice covers the records."""
+    if not month.invoices:
+        return
+    covered = set(month.invoices[-1].record.charges)
+    issued: dict[Key, Decimal] = defaultdict(Decimal)
+    for part in (part for one in month.days if one.digest in covered for part in one.record.issued):
+        issued[part.customer_ref, part.sku] += Decimal(part.issued)
+    for invoice in (one.record for one in month.invoices):
+        if sum((Decimal(line.amount) for line in invoice.lines), Decimal(0)) != Decimal(invoice.total):
+            yield f"invoice {invoice.month}/{invoice.revision}: its lines do not add up to its total"
+    for key in sorted(issued.keys() | month.state.invoiced.keys()):
+        line = month.state.invoiced.get(key)
+        if issued[key] != Decimal(line.amount if line else 0):
+            yield f"{key[1]} of {key[0][:12]}: issued {issued[key]}, invoiced {line.amount if line else 0}"
+
+
+class Rerating:
+    """Every record of charges in a log, made again from its price book and batches, and compared byte for byte."""
+
+    def __init__(self, cas: Cas, connect: Connect = duckdb.connect) -> None:
+        self._cas, self._connect = cas, connect
+        self._slow = SlowPath(cas, lambda _hour: [])
+        self._books: dict[str, PriceBook] = {}
+        self._batches: dict[int, list[Numbered]] = defaultdict(list)
+        self._months: dict[str, Month] = defaultdict(Month)
+        self.records = 0
+
+    def run(self, entries: Iterable[tuple[int, AuditEntry]]) -> Iterator[tuple[str, str]]:
+        """Gives the name of each record that does not hold, and why. `entries`: the whole log, in its order."""
+        with connected(self._connect) as connection:
+            for index, entry in entries:
+                try:
+                    self._follow(Numbered(index, entry), connection)
+                except (Finding, Missing, UsageError) as error:
+                    yield entry.batch_id, error.message
+        for name, month in sorted(self._months.items()):
+            for problem in problems_of(month):
+                yield f"the charges of {name}", problem
+
+    def _follow(self, numbered: Numbered, connection: duckdb.DuckDBPyConnection) -> None:
+        entry = numbered.entry
+        if entry.type == "usage_batch":
+            self._batches[(entry.recorded_hour or 0) // DAY_US].append(numbered)
+        if entry.type not in TYPES:
+            return
+        self.records += 1
+        if entry.batch_id.startswith(BOOK):
+            self._add_book(entry)
+            return
+        month = self._months[month_of(entry.recorded_hour or 0)]
+        data = self._cas.get(str(entry.subject_digest))
+        again = self._day if entry.batch_id.startswith(DAY) else self._invoice
+        try:
+            same = again(data, month, connection) == data
+        finally:
+            month.add(numbered, self._cas)  # what follows was made after this one, right or wrong
+        if not same:
+            raise Finding("made again from its batches and price book, it says something else")
+
+    def _add_book(self, entry: AuditEntry) -> None:
+        book = parse_price_book(self._cas.get(str(entry.subject_digest)))
+        if entry.batch_id != f"{BOOK}{book.version}":
+            raise Finding(f"the price book is of version {book.version}")
+        self._books[book.digest] = book
+
+    def _day(self, data: bytes, month: Month, connection: duckdb.DuckDBPyConnection) -> bytes:
+        record = parse_day(data)
+        book = self._books.get(record.book_digest)
+        if book is None:
+            raise Finding("its price book does not stand in the log before it")
+        last = -1 if record.last_index is None else record.last_index
+        found = [one for one in self._batches[record.day_us // DAY_US] if one.at <= last]
+        usage = read_usage(self._slow, found, book, connection)
+        return build_day(record.day_us, book, batches_named(found), usage, month.state).to_bytes()
+
+    def _invoice(self, data: bytes, month: Month, _connection: duckdb.DuckDBPyConnection) -> bytes:
+        again = build_invoice(parse_invoice(data).month, month.state)
+        return b"" if again is None else again.to_bytes()
+
+
+def rerate(outcome: Verification, cas: Cas, progress: Progress = lambda *_: None) -> None:
+    """Rate again what the log's entries charge, and add what does not hold to the outcome of their verification."""
+    rerating = Rerating(cas)
+    total = sum(logged.entry.type in TYPES for logged in outcome.logged)
+
+    def entries() -> Iterator[Numbered]:
+        for logged in outcome.logged:
+            yield Numbered(logged.at, logged.entry)
+            if logged.entry.type in TYPES:
+                progress("charges", rerating.records, total)
+
+    for where, problem in rerating.run(entries()):
+        outcome.add(where, problem, None, f"what {where} charges")
+    outcome.charges = rerating.records

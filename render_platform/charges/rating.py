@@ -1,0 +1,278 @@
+"""Rating: from usage and a price book to a day's charges and a month's invoice. Pure, and exact.
+
+Amounts are Decimal and never rounded, but once: the month's total of a customer's SKU. What a record issues is that
+rounded total less all that was issued before. So the order of days, their splitting and their repetition change
+nothing of what a month comes to, and a correction is a record like any other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, localcontext
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from render_platform.charges.price_book import UNITS, PriceBook, Rule
+from render_platform.charges.records import DayCharges, Invoice, InvoiceLine, Issued, Line, exact_sum
+from render_platform.errors import UsageError
+
+EXACT = Context(prec=120, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
+"""Refuses to round: what does not fit raises."""
+BASE_UNITS = {"gpu_second": 1_000_000_000}
+"""Integers of `quantity` in one unit; of all others 1."""
+MAX_NAMED = 5
+_WHOLE = pa.decimal128(38, 0)
+_COLUMNS = {"output_token": "output_tokens", "input_token": "input_tokens", "image": "image_count", "step": "num_steps"}
+USAGE_SCHEMA = pa.schema(
+    [
+        pa.field("period", pa.int64()),
+        *(pa.field(n, pa.string()) for n in ("customer_ref", "pricing_tier", "model_name", "device_uuid", "status")),
+        pa.field("events", pa.int64()),
+        *(pa.field(f"{unit}_known", pa.int64()) for unit in (*UNITS, "energy")),
+        *(pa.field(unit, _WHOLE) for unit in (*UNITS, "energy")),
+    ]
+)
+"""Usage of one day, summed: `period` counts the book's periods from 0; −1: before the first."""
+Key = tuple[str, str]
+"""customer_ref and SKU: what is rounded, a month."""
+
+
+def usage_sql(book: PriceBook) -> str:
+    """DuckDB's query over `$files` that gives USAGE_SCHEMA, one row or more a key."""
+    cases = " ".join(
+        f"WHEN epoch_us(event_time) < {period.from_us:d} THEN {n - 1}" for n, period in enumerate(book.periods)
+    )
+    columns = [("gpu_second", "gpu_time_ns"), *_COLUMNS.items(), ("energy", "energy_mj")]
+    known = ", ".join(f"count({column}) AS {unit}_known" for unit, column in columns)
+    sums = ", ".join(f"sum(coalesce({column}, 0))::DECIMAL(38, 0) AS {unit}" for unit, column in columns)
+    period = f"CASE {cases} ELSE {len(book.periods) - 1} END::BIGINT AS period"
+    names = "customer_ref, pricing_tier, model_name, device_uuid, status"
+    return f"SELECT {period}, {names}, count(*) AS events, {known}, {sums} FROM read_parquet($files) GROUP BY ALL"  # noqa: S608
+
+
+@dataclass(slots=True)
+class _Sum:
+    rule: Rule
+    billed: Decimal
+    devices: set[str | None] = field(default_factory=set)
+    events: int = 0
+    known: int = 0
+    quantity: int = 0
+    gpu_time_ns: int = 0
+    energy_known: int = 0
+    energy_mj: int = 0
+
+    def add(self, row: Mapping[str, Any], *, first: bool) -> None:
+        self.devices.add(row["device_uuid"])
+        self.events += row["events"]
+        self.known += row[f"{self.rule.unit}_known"]
+        self.quantity += int(row[self.rule.unit])
+        if first:
+            self.gpu_time_ns += int(row["gpu_second"])
+            self.energy_known += row["energy_known"]
+            self.energy_mj += int(row["energy"])
+
+
+def rate(book: PriceBook, usage: Iterable[Mapping[str, Any]]) -> tuple[Line, ...]:
+    """The lines of rows of USAGE_SCHEMA, in order. UsageError naming what no rule of the book prices."""
+    sums: dict[tuple[str, ...], _Sum] = {}
+    rules: dict[tuple[Any, ...], list[Rule]] = {}
+    unpriced: set[str] = set()
+    for row in usage:
+        device_class = book.device_class(row["device_uuid"])
+        kind = (row["period"], row["pricing_tier"], row["model_name"], device_class)
+        if kind not in rules:
+            period = book.periods[kind[0]] if kind[0] >= 0 else None
+            rules[kind] = period.rules_for(*kind[1:]) if period else []
+        if not rules[kind]:
+            unpriced.add(f"model {kind[2]}, tier {kind[1]}, device class {device_class}, period {kind[0]}")
+            continue
+        for rule in rules[kind]:
+            billed = book.periods[kind[0]].billed[row["status"]]
+            names = (row["customer_ref"], rule.sku, rule.unit, plain(rule.price), str(rule.per), plain(billed))
+            key = (*names, row["model_name"], row["pricing_tier"], device_class, row["status"])
+            sums.setdefault(key, _Sum(rule, billed)).add(row, first=rule is rules[kind][0])
+    if unpriced:
+        named = "; ".join(sorted(unpriced)[:MAX_NAMED])
+        raise UsageError(f"no rule of the price book prices {named}", "add a rule (price 0 where it is free)")
+    return tuple(_line(key, one) for key, one in sorted(sums.items()))
+
+
+def _line(key: tuple[str, ...], one: _Sum) -> Line:
+    rule = one.rule
+    amount = _amount(one.quantity, rule.unit, rule.price, rule.per, one.billed)
+    customer_ref, sku, unit, price, _per, billed, model, tier, device_class, status = key
+    return Line(
+        customer_ref=customer_ref,
+        sku=sku,
+        unit=unit,
+        price=price,
+        per=rule.per,
+        billed=billed,
+        model_name=model,
+        pricing_tier=tier,
+        device_class=device_class,
+        status=status,
+        device_uuid=next(iter(one.devices)) if len(one.devices) == 1 else None,
+        events=one.events,
+        unmeasured=one.events - one.known if one.billed else 0,
+        quantity=one.quantity,
+        amount=plain(amount),
+        gpu_time_ns=one.gpu_time_ns,
+        energy_known=one.energy_known,
+        energy_mj=one.energy_mj,
+    )
+
+
+def _amount(quantity: int, unit: str, price: Decimal, per: int, billed: Decimal) -> Decimal:
+    """Divided by powers of ten only: the result is finite."""
+    with localcontext(EXACT):
+        return quantity * price * billed / (BASE_UNITS.get(unit, 1) * per)
+
+
+def rated_amount(line: Line) -> Decimal:
+    """What a line's own figures come to."""
+    return _amount(line.quantity, line.unit, Decimal(line.price), line.per, Decimal(line.billed))
+
+
+def plain(amount: Decimal) -> str:
+    """Decimal text without an exponent or zeros at its end: the one text of an amount."""
+    with localcontext(EXACT):
+        return f"{amount.normalize():f}" if amount else "0"
+
+
+@dataclass(slots=True)
+class MonthState:
+    """A month's records, followed in the order of the log."""
+
+    latest: dict[int, DayCharges] = field(default_factory=dict)
+    issued: dict[Key, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
+    records: list[str] = field(default_factory=list)
+    """Digests of the day records, in order."""
+    invoiced: dict[Key, InvoiceLine] = field(default_factory=dict)
+    """What all invoices so far come to."""
+    invoices: list[str] = field(default_factory=list)
+
+    def add_day(self, digest: str, record: DayCharges) -> None:
+        self.latest[record.day_us] = record
+        self.records.append(digest)
+        with localcontext(EXACT):
+            for one in record.issued:
+                self.issued[one.customer_ref, one.sku] += Decimal(one.issued)
+
+    def add_invoice(self, digest: str, invoice: Invoice) -> None:
+        self.invoices.append(digest)
+        for line in invoice.lines:
+            key = line.customer_ref, line.sku
+            self.invoiced[key] = _combined(line, self.invoiced.get(key), 1)
+
+    def totals(self, leave_out: int | None = None) -> dict[Key, Decimal]:
+        """Exact, of the latest record of each day, but for one day."""
+        totals: dict[Key, Decimal] = defaultdict(Decimal)
+        with localcontext(EXACT):
+            for line in (line for day, record in self.latest.items() if day != leave_out for line in record.lines):
+                totals[line.customer_ref, line.sku] += Decimal(line.amount)
+        return totals
+
+
+class Batches(NamedTuple):
+    """The day's batches in the log: how many, and the indexes of the first and the last."""
+
+    number: int
+    first_index: int | None
+    last_index: int | None
+
+
+def build_day(
+    day_us: int, book: PriceBook, batches: Batches, usage: Sequence[Mapping[str, Any]], month: MonthState
+) -> DayCharges:
+    """A day's record, after those that `month` holds. UsageError where its currency is not the month's."""
+    last = month.latest.get(day_us)
+    for other in month.latest.values():
+        if (other.currency, other.minor_digits) != (book.currency, book.minor_digits):
+            raise UsageError(f"the month is charged in {other.currency}", "change currencies at the begin of a month")
+    lines = rate(book, usage)
+    return DayCharges(
+        day_us,
+        last.revision + 1 if last else 1,
+        book.currency,
+        book.minor_digits,
+        book.rounding,
+        book.version,
+        book.digest,
+        *batches,
+        prior=month.records[-1] if month.records else None,
+        events=sum(row["events"] for row in usage),
+        gpu_time_ns=sum(line.gpu_time_ns for line in lines),
+        lines=lines,
+        issued=_issue(book, lines, last.lines if last else (), month.totals(leave_out=day_us), month.issued),
+    )
+
+
+def _issue(
+    book: PriceBook,
+    lines: Sequence[Line],
+    former: Sequence[Line],
+    others: Mapping[Key, Decimal],
+    before: Mapping[Key, Decimal],
+) -> tuple[Issued, ...]:
+    """The month's new rounded totals less what was issued, of each customer's SKU that the day has, or had."""
+    own: dict[Key, list[str]] = {(line.customer_ref, line.sku): [] for line in former}
+    for line in lines:
+        own.setdefault((line.customer_ref, line.sku), []).append(line.amount)
+    issued = []
+    zero = book.round(Decimal(0))
+    with localcontext(EXACT):
+        for key in sorted(own):
+            total = others.get(key, Decimal(0)) + exact_sum(own[key])
+            rounded, already = book.round(total), before.get(key, zero)
+            issued.append(Issued(*key, plain(total), *(f"{one:f}" for one in (rounded, already, rounded - already))))
+    return tuple(issued)
+
+
+def build_invoice(month: str, state: MonthState) -> Invoice | None:
+    """What is to be billed of a month beyond its invoices so far; None where that is nothing and there is one."""
+    usage = _billable(state)
+    nothing = [(*key, "", 0, 0, "0") for key in state.invoiced.keys() - usage.keys()]
+    usage |= {(one[0], one[1]): InvoiceLine(*one) for one in nothing}
+    lines = [_combined(usage[key], state.invoiced.get(key), -1) for key in sorted(usage)]
+    lines = [line for line in lines if line.quantity or line.events or Decimal(line.amount)]
+    if state.invoices and not lines:
+        return None
+    some = next(iter(state.latest.values()), None)
+    if some is None:
+        return None
+    with localcontext(EXACT):
+        total = exact_sum(line.amount for line in lines)
+    prior = state.invoices[-1] if state.invoices else None
+    revision, digits = len(state.invoices) + 1, some.minor_digits
+    return Invoice(
+        month, revision, some.currency, digits, tuple(state.records), prior, tuple(lines), f"{total:.{digits}f}"
+    )
+
+
+def _billable(state: MonthState) -> dict[Key, InvoiceLine]:
+    """By customer and SKU: what was used, by the latest records, and all that was issued for it."""
+    found: dict[Key, InvoiceLine] = {}
+    for record in state.latest.values():
+        for line in record.lines:
+            key = line.customer_ref, line.sku
+            one = InvoiceLine(*key, line.unit, line.quantity, line.events, "0")
+            found[key] = _combined(one, found.get(key), 1)
+    units = {line.sku: line.unit for line in (*found.values(), *state.invoiced.values())}
+    for key, amount in state.issued.items():
+        used = found.get(key) or InvoiceLine(*key, units.get(key[1], ""), 0, 0, "0")
+        found[key] = InvoiceLine(*key, used.unit, used.quantity, used.events, f"{amount:f}")
+    return found
+
+
+def _combined(one: InvoiceLine, other: InvoiceLine | None, sign: int) -> InvoiceLine:
+    if other is None:
+        return one
+    with localcontext(EXACT):
+        amount = Decimal(one.amount) + sign * Decimal(other.amount)
+    quantity, events = one.quantity + sign * other.quantity, one.events + sign * other.events
+    return InvoiceLine(one.customer_ref, one.sku, one.unit or other.unit, quantity, events, f"{amount:f}")

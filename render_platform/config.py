@@ -78,8 +78,32 @@ class Settings:
     """How long running jobs may take to end when the gateway is stopped; the next start takes over the rest."""
     report_every_s: int = 30
     """How often the gateway tells Dagster of its jobs."""
+    dagster_retention_days: int = 30
+    """How long Dagster keeps runs, their events and ticks; what partition status is read from stays."""
     webhook_allow: str = ""
     """host:port, separated by commas, that webhooks may reach although their addresses are not public."""
+    alert_webhook: str = field(default="", repr=False)  # the next two and smtp_url are secrets, or hold one
+    """The URL that gets alerts as a JSON document."""
+    alert_slack: str = field(default="", repr=False)
+    """The URL of a Slack-shaped incoming webhook."""
+    alert_email: str = ""
+    """Who gets alerts by e-mail: addresses, separated by commas."""
+    smtp_url: str = field(default="", repr=False)
+    """smtp://user:password@host:port, with STARTTLS but to this machine; or smtps://, with TLS at once."""
+    alert_from: str = ""
+    """The sender of e-mail; empty: its first recipient."""
+    alert_repeat_s: int = 3_600
+    """How long the same alert is not sent again."""
+    dagster_url: str = ""
+    """Where people reach the Dagster UI, for links; empty: on this machine, at dagster_port."""
+    repair_automatically: int = 0
+    """1: hours that are found discrepant are repaired without being asked."""
+    price_book: Path = field(default=Path())
+    """The file of prices, docs/charges.md. Without one: the sample book of the package."""
+    billing_account: str = "render-platform"
+    """Who bills, in exports: BillingAccountId."""
+    co2_g_per_kwh: int = 0
+    """Grams of CO₂ a kilowatt-hour, for what is shown of energy; 0: not shown."""
     catalogue: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The file's tables of backends, models and issuers."""
 
@@ -103,6 +127,10 @@ class Settings:
             "output_ttl_s": (0, 31_536_000),
             "drain_s": (0, 3_600),
             "report_every_s": (1, 3_600),
+            "alert_repeat_s": (60, 604_800),
+            "repair_automatically": (0, 1),
+            "dagster_retention_days": (1, 36_500),
+            "co2_g_per_kwh": (0, 10_000),
         }
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:

@@ -26,27 +26,33 @@ from render_platform.gateway.evidence_routes import EVIDENCE_ROUTES, Turns
 from render_platform.gateway.job_routes import JOB_ROUTES
 from render_platform.gateway.openai_routes import OPENAI_ROUTES
 from render_platform.gateway.operations import OPERATION_ROUTES
+from render_platform.gateway.page import PAGE_ROUTES, Overview
 from render_platform.gateway.service import Gateway
 from render_platform.gateway.shortcut import shortcuts
+from render_platform.gateway.spend_routes import SPEND_ROUTES, BudgetGuard
 
 
 def create_app(gateway: Gateway) -> Edge:
     """The application over an open gateway; it starts and stops with the application's lifespan."""
-    durations = Durations()
+    durations, overview, guard = Durations(), Overview(gateway), BudgetGuard(gateway)
+    gateway.may_submit = guard.require
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         await gateway.start()
+        looking = asyncio.create_task(guard.run())
         try:
             yield
         finally:
+            looking.cancel()
+            overview.close()
             await gateway.stop()
 
     app = Litestar(
-        [JOB_ROUTES, OPENAI_ROUTES, *OPERATION_ROUTES, *EVIDENCE_ROUTES, _assets()],
+        [JOB_ROUTES, OPENAI_ROUTES, *OPERATION_ROUTES, *EVIDENCE_ROUTES, SPEND_ROUTES, *PAGE_ROUTES, _assets()],
         request_class=edge.JsonRequest,
         lifespan=[lifespan],
-        state=State({"gateway": gateway, "durations": durations, "turns": Turns()}),
+        state=State({"gateway": gateway, "durations": durations, "turns": Turns(), "overview": overview}),
         openapi_config=openapi_config(),
         exception_handlers={
             HTTPException: edge.on_http_exception,

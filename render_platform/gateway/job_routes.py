@@ -158,8 +158,12 @@ def _failure(job_id: uuid.UUID, status: int, code: str, body: bytes, message: st
     return Refused(status, code, said, f"see /jobs/{job_id}")
 
 
+INERT = {"content-security-policy": "sandbox", "x-content-type-options": "nosniff"}
+"""With each output: whatever it says that it is, a browser runs nothing of it here, where the page may hold a key."""
+
+
 def usage_headers(job_id: uuid.UUID, gpu_seconds: str, device: str | None) -> dict[str, str]:
-    return {"x-gpu-seconds": gpu_seconds, "x-gpu-device": device or "none", "x-job-id": str(job_id)}
+    return {"x-gpu-seconds": gpu_seconds, "x-gpu-device": device or "none", "x-job-id": str(job_id), **INERT}
 
 
 @get("/queue")

@@ -199,7 +199,7 @@ def test_the_document_is_complete(client: Client) -> None:
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     }
-    assert len(operations) == 28
+    assert len(operations) == 31
     for (_, path), operation in operations.items():
         assert operation["description"]
         refusals = {status: one for status, one in operation["responses"].items() if status[0] in "45"}

@@ -26,13 +26,24 @@ gpu_jobs = dg.AssetSpec(
     group_name="billing",
     kinds={"sqlite"},
     owners=["team:billing"],
-    description="Batches of usage events of one hour, closed for good. One row is one batch with its Merkle root.",
-    metadata={"dagster/column_schema": views.event_columns()},
+    description=(
+        "Batches of usage events of one hour, closed for good. One row is one batch with its Merkle root; a "
+        "materialization counts those that this flush sealed."
+    ),
+    metadata={"dagster/column_schema": views.batch_columns()},
 )
 def sealed_batches(platform: PlatformResource) -> dg.MaterializeResult[None]:
     with platform.open() as open_platform:
+        stages = views.Stages(open_platform.clock)
         sealed = open_platform.seal()
+        stages.ended("seal")
         backlog = open_platform.outbox.backlog()
     return dg.MaterializeResult(
-        metadata={"batches sealed": len(sealed), "batch ids": sealed[:50], "events still unsealed": backlog.rows}
+        metadata={
+            "dagster/row_count": len(sealed),
+            "batches sealed": len(sealed),
+            "batch ids": sealed[:50],
+            "events still unsealed": backlog.rows,
+            **stages.metadata,
+        }
     )

@@ -6,8 +6,10 @@ from typing import NoReturn
 import dagster as dg
 
 from assets import views
+from assets.checks import Look, result_of
 from assets.jobs import BACKFILL, HOURS, SEQUENCER, hour_of_key
 from render_platform.errors import PlatformError
+from render_platform.pipeline import Platform
 from resources.platform import PlatformResource
 
 inference_events = dg.AssetSpec(
@@ -16,7 +18,10 @@ inference_events = dg.AssetSpec(
     group_name="fast_path",
     kinds={"clickhouse"},
     owners=["team:serving"],
-    description="Usage events in ClickHouse, best effort, within a second. One row is one event; dashboards read it.",
+    description=(
+        "Usage events in ClickHouse, best effort, within a second, by the serving component. One row is one event; "
+        "dashboards read it. The check fast_path_freshness observes how many rows there are, and how new they are."
+    ),
     metadata={"dagster/column_schema": views.event_columns()},
 )
 
@@ -30,7 +35,11 @@ inference_events = dg.AssetSpec(
     owners=["team:compliance"],
     pool=SEQUENCER,
     output_required=False,
-    description="Inserts the hour's missing events into ClickHouse, logs the repair, and reconciles the hour again.",
+    description=(
+        "Makes ClickHouse hold the hour as the batches have it, logs that, and reconciles the hour again. One row is "
+        "one hour's repair; an hour that needs none is materialized too, and nothing is inserted."
+    ),
+    metadata={"dagster/column_schema": views.repair_columns()},
 )
 def fast_path_repair(context: dg.AssetExecutionContext, platform: PlatformResource) -> Iterator[NoReturn]:
     """Each hour is materialized when it was repaired; one that is refused does not stop the others."""
@@ -50,7 +59,7 @@ def fast_path_repair(context: dg.AssetExecutionContext, platform: PlatformResour
     if refused:
         raise dg.Failure(
             f"{len(refused)} of {len(context.partition_keys)} hours were not repaired: {refused[0]}",
-            metadata={"hours": dg.MetadataValue.md("\n".join(f"- {text}" for text in refused[:50]))},
+            metadata={"hours": views.problems(refused)},
         )
     yield from ()
 
@@ -59,9 +68,14 @@ def fast_path_repair(context: dg.AssetExecutionContext, platform: PlatformResour
     asset="inference_events",
     name="duplicates",
     pool=SEQUENCER,
-    description="No event stands twice in ClickHouse. If one does: the day's partition has to be rebuilt.",
+    description=(
+        "No event stands twice in ClickHouse, over all that it keeps. If one does: reconcile the hours, which names "
+        "them, and materialize fast_path_repair for one: it rebuilds the day. Reads every id: once a day is enough."
+    ),
 )
 def duplicates(platform: PlatformResource) -> dg.AssetCheckResult:
-    with platform.open() as open_platform:
-        twice = open_platform.clickhouse.duplicates()
-    return dg.AssetCheckResult(passed=twice == 0, metadata={"rows too many": twice})
+    def look(opened: Platform) -> Look:
+        twice = opened.clickhouse.duplicates()
+        return Look(twice == 0, f"{twice} rows stand beside an earlier one of their event", {"rows too many": twice})
+
+    return result_of(platform, look)

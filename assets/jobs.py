@@ -16,6 +16,7 @@ from render_platform.clock import DAY_US, HOUR_US, hour_of, iso, time_us
 START = "2023-01-01"
 HOURS = dg.HourlyPartitionsDefinition(start_date=f"{START}-00:00", end_offset=1)
 DAYS = dg.DailyPartitionsDefinition(start_date=START)
+MONTHS = dg.MonthlyPartitionsDefinition(start_date=START)
 IN_PROGRESS = [
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.NOT_STARTED,
@@ -69,16 +70,23 @@ def day_of_key(key: str) -> tuple[int, int]:
     return start, start + DAY_US
 
 
+FRESHNESS = dg.AssetSelection.checks(
+    dg.AssetCheckKey(dg.AssetKey("audit_log"), "flush_freshness"),
+    dg.AssetCheckKey(dg.AssetKey("inference_events"), "fast_path_freshness"),
+    dg.AssetCheckKey(dg.AssetKey("reconciliation"), "reconciliation_freshness"),
+)
+"""Looked at by the clock, and not with each run of what they look at."""
+
 flush = dg.define_asset_job(
     "flush",
-    selection=dg.AssetSelection.assets("sealed_batches", "cas_batches", "audit_log"),
+    selection=dg.AssetSelection.assets("sealed_batches", "cas_batches", "audit_log") - FRESHNESS,
     executor_def=dg.in_process_executor,
     tags={"dagster/priority": "10"},
     description="Seal, store, log and publish everything in the outbox. Safe to launch at any time.",
 )
 reconcile = dg.define_asset_job(
     "reconcile",
-    selection=dg.AssetSelection.assets("reconciliation"),
+    selection=dg.AssetSelection.assets("reconciliation") - FRESHNESS,
     run_tags={RECONCILES_TAG: "yes"},
     description="Reconcile hours of the slow path with ClickHouse.",
 )
@@ -92,5 +100,31 @@ verify = dg.define_asset_job(
     selection=dg.AssetSelection.assets("audit_verification"),
     description="Re-read days of evidence, row by row.",
 )
+daily = dg.define_asset_job(
+    "daily",
+    selection=dg.AssetSelection.assets("audit_verification", "daily_report")
+    | dg.AssetSelection.checks(dg.AssetCheckKey(dg.AssetKey("inference_events"), "duplicates")),
+    description="Verify days of evidence, report on them, and look for events that stand twice in ClickHouse.",
+)
+health = dg.define_asset_job(
+    "health",
+    selection=FRESHNESS,
+    description="Check that flush, fast path and reconciliation are fresh. Changes nothing.",
+)
+capacity = dg.define_asset_job(
+    "capacity",
+    selection=dg.AssetSelection.assets("capacity_plan"),
+    description="Plan how many GPUs are needed, from hours of the fast path.",
+)
+charges = dg.define_asset_job(
+    "charges",
+    selection=dg.AssetSelection.assets("usage_charges"),
+    description="Rate closed days at the price book's prices, and log their charges.",
+)
+invoicing = dg.define_asset_job(
+    "invoicing",
+    selection=dg.AssetSelection.assets("invoices"),
+    description="Log the invoices of months that are over, or the corrections of what changed since.",
+)
 
-JOBS = [flush, reconcile, repair, verify]
+JOBS = [flush, reconcile, repair, verify, daily, health, capacity, charges, invoicing]

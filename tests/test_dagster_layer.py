@@ -45,8 +45,10 @@ LINEAGE = {
     "audit_verification": {"audit_log"},
     "reconciliation": {"audit_log", "inference_events"},
     "fast_path_repair": {"reconciliation"},
+    "daily_report": {"inference_events", "reconciliation"},
 }
 BLOCKING = {"digests", "conservation", "chain_and_signature"}
+"""Of the job flush."""
 OFFLINE = """
 import socket, sys
 def refuse(*_args, **_kwargs):
@@ -119,13 +121,14 @@ def test_partitions_and_backfills() -> None:
         assert found[name].partitions_def is None
     for name in ("reconciliation", "fast_path_repair"):
         assert isinstance(found[name].partitions_def, dg.HourlyPartitionsDefinition)
-    assert isinstance(found["audit_verification"].partitions_def, dg.DailyPartitionsDefinition)
+    for name in ("audit_verification", "daily_report"):
+        assert isinstance(found[name].partitions_def, dg.DailyPartitionsDefinition)
     now = datetime.now(UTC)
     assert HOURS.has_partition_key(hour_key(SystemClock().now_us())), "the current hour can be materialized"
     assert not HOURS.has_partition_key(f"{now + timedelta(hours=2):%Y-%m-%d-%H}:00")
     assert HOURS.get_first_partition_key() == "2023-01-01-00:00"
     graph = defs.resolve_asset_graph()
-    for name in ("reconciliation", "fast_path_repair", "audit_verification"):
+    for name in ("reconciliation", "fast_path_repair", "audit_verification", "daily_report"):
         policy = graph.get(dg.AssetKey(name)).backfill_policy
         assert policy is not None
         assert (policy.max_partitions_per_run or 0) >= 24, "a day is one run"
@@ -135,7 +138,7 @@ def test_checks_that_stop_wrong_data_block() -> None:
     graph = defs.resolve_asset_graph()
     found = {key.name: graph.get_check_spec(key) for key in graph.asset_check_keys}
     assert {*BLOCKING, "threshold", "duplicates"} <= set(found)
-    assert {name for name, spec in found.items() if spec.blocking} >= BLOCKING
+    assert {name for name, spec in found.items() if spec.blocking} >= {*BLOCKING, "billed_once"}
     assert all(spec.description for spec in found.values())
 
 

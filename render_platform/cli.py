@@ -15,6 +15,7 @@ import click
 
 from render_platform import __version__, bridge, console
 from render_platform import up as everything
+from render_platform.charges.commands import CHARGE_COMMANDS
 from render_platform.clickhouse import open_clickhouse, pending_migrations
 from render_platform.clock import DAY_US, hours_between, iso
 from render_platform.config import load_settings
@@ -23,6 +24,7 @@ from render_platform.errors import Finding, SequencerStopped, Unavailable, Usage
 from render_platform.evidence_commands import COMMANDS
 from render_platform.gateway.commands import config_option, key, serve, status
 from render_platform.note import load_key
+from render_platform.operations.commands import alert
 from render_platform.options import Group, Time, json_option, plain, print_json, state_option
 from render_platform.pipeline import Platform, open_platform
 from render_platform.reconciliation import HourReport, worst
@@ -289,7 +291,8 @@ def _dagster(module: str) -> Any:
 main.add_command(serve)
 main.add_command(status)
 main.add_command(key)
-for command in COMMANDS:
+main.add_command(alert)
+for command in (*COMMANDS, *CHARGE_COMMANDS):
     main.add_command(command)
 
 

@@ -236,7 +236,7 @@ CASES = [
     Case("no job", "DELETE", f"/jobs/{NOBODY}", None, **MISSING),
     Case("no job", "POST", f"/jobs/{NOBODY}/cancel", None, **MISSING),
     *(Case("unknown path", method, "/nowhere", None, **MISSING) for method in ("GET", "POST", "DELETE")),
-    *(Case("unknown path", "POST", path, {}, **MISSING) for path in ("/v1/nothing", "/a/b/c/d/e/f", "/")),
+    *(Case("unknown path", "POST", path, {}, **MISSING) for path in ("/v1/nothing", "/a/b/c/d/e/f")),
     *(
         Case("wrong method", method, path, None, 405, "method_not_allowed")
         for method, path in (
@@ -246,6 +246,7 @@ CASES = [
             ("POST", "/jobs"),
             ("GET", EVENTS),
             ("HEAD", "/jobs"),
+            ("POST", "/"),
         )
     ),
     Case(

@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year test check lint types imports lock clean
+.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -35,8 +35,17 @@ bench-year: $(READY)  ## a year of hours written, then reconciled in one backfil
 bench-reconcile: $(READY)  ## the verdict on an hour beside the bare engines and datacompy (some minutes)
 	$(BIN)/python -m benchmarks.reconcile --write
 
+bench-week: $(READY)  ## a week of load, compressed: what storage and memory become (an hour)
+	$(BIN)/python -m benchmarks.week --write
+
 test: check  ## everything that must pass
 	$(BIN)/python -m pytest
+
+CHROMIUM ?= /usr/bin/chromium
+test-ui: $(READY)  ## what a person does in Dagster's UI and on the gateway's page, in Chromium (some minutes)
+	@test -x $(CHROMIUM) || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+	  || { echo "test-ui needs Chromium: as root, apt-get install chromium; or set CHROMIUM=/path" >&2; exit 1; }
+	RENDER_TEST_UI=yes CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/ui
 
 check: lint types imports  ## ruff, strict typing, import direction
 

@@ -62,7 +62,7 @@ async function lookAtJob() {
 }
 
 function isComplete(job) {
-  return job !== null && job.receipt !== null && job.stages.every((stage) => stage.state !== "waiting");
+  return job !== null && job.receipt !== null && job.stages.every((stage) => !["waiting", "unknown"].includes(stage.state));
 }
 
 function onFailure(error) {

@@ -78,7 +78,7 @@ class Settings:
     """How long running jobs may take to end when the gateway is stopped; the next start takes over the rest."""
     report_every_s: int = 30
     """How often the gateway tells Dagster of its jobs."""
-    dagster_retention_days: int = 30
+    dagster_retention_days: int = 7
     """How long Dagster keeps runs, their events and ticks; what partition status is read from stays."""
     webhook_allow: str = ""
     """host:port, separated by commas, that webhooks may reach although their addresses are not public."""

@@ -120,7 +120,7 @@ def make_stages(settings: Settings, checkout: Path, gateway_port: int, load: boo
     dagster_url = f"http://{LOOPBACK}:{settings.dagster_port}"
     serve = ["serve", "--state", str(settings.state_dir), "--host", LOOPBACK, "--port", str(gateway_port)]
     dev = ["dev", "-w", str(checkout / "workspace.yaml"), "-h", LOOPBACK, "-p", str(settings.dagster_port)]
-    dagster = Part("dagster", [python, "-m", "dagster", *dev], lambda: answers(dagster_url, "/server_info"), 4)
+    dagster = Part("dagster", [python, "-m", "dagster", *dev], lambda: answers(dagster_url, "/server_info"), 4, 120)
     gateway = Part("gateway", [python, "-m", "render_platform.cli", *serve], lambda: answers(gateway_url, "/health"), 8)
     stages = [[dagster, gateway]]
     if settings.clickhouse_url.startswith("chdb://"):

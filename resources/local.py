@@ -25,6 +25,7 @@ concurrency:
       - {key: dagster/backfill, limit: 1}
       - {key: render_platform/reconciles, limit: 1}
 run_queue: {dequeue_interval_seconds: 1}
+run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false}
 run_monitoring: {enabled: true, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 20}
 """
 LOCAL_TAG = "render_platform/local"

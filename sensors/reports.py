@@ -16,7 +16,7 @@ import dagster as dg
 import sqlalchemy as sa
 
 from assets.billing import gpu_jobs
-from render_platform.clock import US_PER_SECOND, iso
+from render_platform.clock import DAY_US, US_PER_SECOND, iso
 from render_platform.database import lanes
 from render_platform.errors import UsageError
 from render_platform.gateway.reporter import FROM_US, GATEWAY, THROUGH_US, report_metadata
@@ -66,7 +66,7 @@ def gpu_jobs_backstop(
     reports = _read_reports(context.instance, after_id)
     try:
         with platform.open() as open_platform:
-            begin = _lane_begin(open_platform) if done_us is None else done_us
+            begin = _kept_begin(open_platform) if done_us is None else done_us
             end = settled_until(open_platform.clock.now_us(), reports, open_platform.settings.report_every_s)
             if begin is None or end <= begin:
                 return dg.SkipReason("nothing new was recorded more than two minutes ago")
@@ -134,10 +134,12 @@ def _fill(platform: Platform, hole: Hole) -> dg.AssetMaterialization | None:
     )
 
 
-def _lane_begin(platform: Platform) -> int | None:
+def _kept_begin(platform: Platform) -> int | None:
+    """The begin of the live lane, or of the time whose reports housekeeping keeps; None where nothing is recorded."""
     with platform.database.read() as connection:
         begin = connection.execute(sa.select(lanes.c.start_us).filter_by(lane=LIVE)).scalar()
-    return None if begin is None else int(begin)
+    kept_us = platform.clock.now_us() - platform.settings.dagster_retention_days * DAY_US
+    return None if begin is None else max(int(begin), kept_us)
 
 
 def _read_reports(instance: dg.DagsterInstance, after_id: int) -> list[Report]:

@@ -227,7 +227,7 @@ def measure(work: Path, plan: Plan) -> list[Row]:
             SLOW: lambda: _ask_duckdb(AGGREGATES, files),
             FAST: lambda: opened.clickhouse.window_aggregates(GOOD_HOUR, GOOD_HOUR + HOUR_US),
             PLAIN_SLOW: lambda: _ask_duckdb(PLAIN_SQL, files),
-            PLAIN_FAST: lambda: opened.clickhouse._query(PLAIN_QUERY, at=GOOD_HOUR // US_PER_SECOND),
+            PLAIN_FAST: lambda: opened.clickhouse.query(PLAIN_QUERY, at=GOOD_HOUR // US_PER_SECOND),
         }
         subjects = {OURS: lambda: _judge(opened, GOOD_HOUR, "reconciled", plan.events), **bare}
         us: dict[str, list[int]] = {name: [] for name in subjects}

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from render_platform.clickhouse_connection import Connection, open_client, require_version
+from render_platform.clickhouse_connection import Database, open_client, require_version, typed
 from render_platform.clickhouse_schema import (
     CUSTOMER_QUERY,
     DEVICE_QUERY,
@@ -74,10 +74,12 @@ STORED: tuple[Stored, ...] = (EVENTS, *ROLLUPS)
 FILL_ATTEMPTS = 5
 MAX_US = 2**62
 ROWS_AT_ONCE = 500_000
+IDS_AT_ONCE = 10_000_000
 _Row = TypeVar("_Row")
 _DAY_S = DAY_US // US_PER_SECOND
 _STAGING = "staging_"
-_SPILL_BYTES = 1 << 30
+_HOUR_OF_ROW = "toStartOfHour(recorded_at)"
+"""The first column that rows are sorted by: those of one hour are found without a look at the others."""
 _AGAIN = "SETTINGS insert_deduplicate = 0"
 """Of an insert that repeats what was inserted before and is gone."""
 
@@ -91,14 +93,15 @@ def pending_migrations(dsn: str, database: str) -> list[Migration]:
 
 
 def open_clickhouse(dsn: str, database: str, retention_days: int | None = None) -> ClickHouse:
-    """Connect, create the database where there is none, and migrate it.
+    """Connect. With `retention_days`, prepare the database at once: see ClickHouse.prepare.
 
-    `retention_days` sets how long the tables keep rows; 0 keeps all, and takes an earlier limit away.
+    Without, its first insert does so, and whoever only reads changes nothing: Unavailable where migrations are pending.
     Raises UsageError for a DSN or name that cannot be used, Unavailable for everything else.
     """
     clickhouse = _connected(dsn, database)
     try:
-        clickhouse.prepare(retention_days)
+        if retention_days is not None:
+            clickhouse.prepare(retention_days)
     except BaseException:  # whatever ended it: the folder is released, and the error goes on
         clickhouse.close()
         raise
@@ -112,11 +115,23 @@ def _connected(dsn: str, database: str) -> ClickHouse:
     return ClickHouse(client, dsn, database, lock)
 
 
-class ClickHouse(Connection):
+class ClickHouse(Database):
     """The rules on top of this module hold for every method."""
 
-    def prepare(self, retention_days: int | None) -> None:
-        """Create the database, its tables and their retention where they are not so already."""
+    def make_ready(self) -> None:
+        """For whoever will write: prepare the database, unless it is known to be this version's."""
+        if not self._ready:
+            self.prepare()
+
+    def _insert(self, name: str, table: pa.Table, token: str) -> None:
+        self.make_ready()
+        super()._insert(name, table, token)
+
+    def prepare(self, retention_days: int | None = None) -> None:
+        """Create the database and its tables where they are not so already.
+
+        `retention_days` sets how long the tables keep rows; 0 keeps all, and takes an earlier limit away.
+        """
         known = "SELECT count() FROM system.databases WHERE name = {name:String}"
         require_version(self._client.server_version)
         if not self._one(known, name=self._database):
@@ -127,18 +142,6 @@ class ClickHouse(Connection):
             for table, column in KEPT.items():
                 self._keep_for(retention_days, table, column)
 
-    def pending(self) -> list[Migration]:
-        """The migrations that the database does not name yet. Unavailable where it names one that is not known here."""
-        require_version(self._client.server_version)
-        query = "SELECT count() FROM system.tables WHERE database = {db:String} AND name = 'schema_migrations'"
-        done: set[int] = set()
-        if self._one(query, db=self._database):
-            found = self._query(f"SELECT number FROM `{self._database}`.schema_migrations")  # noqa: S608
-            done = set(found.column("number").to_pylist())
-        if unknown := done - {migration.number for migration in MIGRATIONS}:
-            raise Unavailable(f"migration {max(unknown)} is not known here", "install a newer version")
-        return [migration for migration in MIGRATIONS if migration.number not in done]
-
     def migrate(self) -> None:
         """Run what is pending; safe to repeat after a crash in it, and safe in several processes at once.
 
@@ -146,15 +149,17 @@ class ClickHouse(Connection):
         a day that is written to meanwhile is filled again. Unavailable where that comes to no end: stop them then. The
         new rollup knows no earlier token: a batch that was sent before and is sent again after is counted twice there.
         """
-        self._command(MIGRATIONS_TABLE)
+        if pending := self.pending():
+            self._command(MIGRATIONS_TABLE)
         insert = "INSERT INTO schema_migrations SELECT {number:UInt32}, {name:String}"
-        for migration in self.pending():
+        for migration in pending:
             for statement in migration.statements:
                 self._command(statement)
             if migration.fills:
                 self._fill(migration.fills)
             # A crash before this: the migration runs again from its first statement. After it: it is done.
             self._command(insert, number=migration.number, name=migration.name)
+        self._ready = True
 
     def _fill(self, rollup: Rollup) -> None:
         """The view counts what is inserted from its creation on; what stood before is added a day at a time."""
@@ -192,11 +197,11 @@ class ClickHouse(Connection):
 
     def window_aggregates(self, start_us: int, end_us: int) -> pa.Table:
         """WINDOW_SCHEMA from the raw rows: `window` counts 300 s since 1970; sums of ids and rows wrap at 2^64."""
-        return _typed(self._query(WINDOWS_QUERY, start=start_us, end=end_us), WINDOW_SCHEMA)
+        return typed(self.query(WINDOWS_QUERY, start=start_us, end=end_us), WINDOW_SCHEMA)
 
     def rollup_aggregates(self, start_us: int, end_us: int) -> pa.Table:
         """ROLLUP_SCHEMA from the rollup; UsageError unless both ends are whole minutes."""
-        return _typed(self._query(ROLLUP_QUERY, **_seconds(MINUTE, start_us, end_us)), ROLLUP_SCHEMA)
+        return typed(self.query(ROLLUP_QUERY, **_seconds(MINUTE, start_us, end_us)), ROLLUP_SCHEMA)
 
     def rows(self, start_us: int, end_us: int, keys: Sequence[tuple[str, str]] | None = None) -> pa.Table:
         """Rows of EVENT_SCHEMA by event_id, duplicates kept; `keys` are (customer_ref, model_name)."""
@@ -204,35 +209,41 @@ class ClickHouse(Connection):
         if keys is not None:
             values |= {"customers": [key[0] for key in keys], "models": [key[1] for key in keys]}
         sql = f"{ROWS_QUERY} {ROWS_OF_KEYS if keys is not None else ''} {ROWS_ORDER}"
-        return _typed(self._query(sql, **values), EVENT_SCHEMA)
+        return typed(self.query(sql, **values), EVENT_SCHEMA)
 
     def row_values(self, start_us: int, end_us: int) -> Iterator[pa.Table]:
         """ROW_VALUES_SCHEMA of every row, duplicates kept, in no order, about ROWS_AT_ONCE rows at a time."""
         values = {"start": start_us, "end": end_us}
-        parts = 1 + self._one(ROW_COUNT_QUERY, **values) // ROWS_AT_ONCE
+        parts = 1 + self.query(ROW_COUNT_QUERY, **values).to_pylist()[0]["rows"] // ROWS_AT_ONCE
         if parts > 1 and end_us - start_us > WINDOW_US:  # each part reads the whole range: take short ones
             for start in range(start_us, end_us, WINDOW_US):
                 yield from self.row_values(start, min(start + WINDOW_US, end_us))
             return
         for part in range(parts):
-            yield _typed(self._query(ROW_VALUES_QUERY, **values, parts=parts, part=part), ROW_VALUES_SCHEMA)
+            yield typed(self.query(ROW_VALUES_QUERY, **values, parts=parts, part=part), ROW_VALUES_SCHEMA)
 
     def totals(self, source: str | None = None) -> Totals:
         """How many rows there are, of one source or of all, and their exact GPU time in ns."""
         sql = "SELECT count() AS n, toString(sum(toInt128(gpu_time_ns))) AS ns FROM usage_events"
         if source is not None:
             sql += " WHERE source = {source:String}"
-        row = self._query(sql, source=source or "").to_pylist()[0]
+        row = self.query(sql, source=source or "").to_pylist()[0]
         return Totals(int(row["n"]), int(row["ns"]))
 
     def duplicates(self) -> int:
         """Rows beyond the first of their event_id, over everything that is kept."""
-        found = self._query("SELECT toInt64(count() - uniqExact(event_id)) AS rows FROM usage_events")
-        return int(found.column("rows")[0].as_py())
+        beyond = "SELECT toInt64(count() - uniqExact(event_id)) AS rows FROM usage_events WHERE"
+        return sum(self.query(f"{beyond} {part}").to_pylist()[0]["rows"] for part in self._id_parts(EVENTS.table))
+
+    def _id_parts(self, table: str) -> list[str]:
+        """Conditions that part a table's rows by their ids: of each, what is distinct fits into memory and time."""
+        found = self.query(f"SELECT toInt64(count()) AS rows FROM {table}")  # noqa: S608
+        parts = 1 + found.to_pylist()[0]["rows"] // IDS_AT_ONCE
+        return [f"cityHash64(event_id) % {parts} = {part}" for part in range(parts)]
 
     def hours_with_rows(self, start_us: int | None = None, end_us: int | None = None) -> list[int]:
         """The first instants, in order, of the hours of [start, end) of which raw table or rollup holds rows."""
-        found = self._query(HOURS_QUERY, start=start_us or 0, end=MAX_US if end_us is None else end_us)
+        found = self.query(HOURS_QUERY, start=start_us or 0, end=MAX_US if end_us is None else end_us)
         return [int(hour_us) for hour_us in found.column("hour_us").to_pylist()]
 
     def hours_of(self, rows: pa.Table) -> list[int]:
@@ -240,12 +251,12 @@ class ClickHouse(Connection):
         days = rows.column("recorded_at").cast(pa.int64()).to_pylist()[:1]
         with self._staging(days[0] // DAY_US if days else 0, (EVENTS,)) as staging:
             self._insert(staging + EVENTS.table, rows, staging)
-            found = self._query(f"{HOURS_OF} (SELECT event_id FROM {staging}{EVENTS.table}) ORDER BY hour_us")  # noqa: S608
+            found = self.query(f"{HOURS_OF} (SELECT event_id FROM {staging}{EVENTS.table}) ORDER BY hour_us")  # noqa: S608
         return [int(hour_us) for hour_us in found.column("hour_us").to_pylist()]
 
     def hourly_totals(self, hour_us: int) -> Totals:
         """Events and GPU ns of one hour, as the rollup by hour has them."""
-        row = self._query(HOURLY_TOTALS, **_seconds(HOUR, hour_us, hour_us + HOUR_US)).to_pylist()[0]
+        row = self.query(HOURLY_TOTALS, **_seconds(HOUR, hour_us, hour_us + HOUR_US)).to_pylist()[0]
         return Totals(int(row["n"]), int(row["ns"]))
 
     def rebuild_rollup(self, start_us: int, end_us: int) -> None:
@@ -267,10 +278,10 @@ class ClickHouse(Connection):
     ) -> None:
         """Replace the rows of one UTC day, raw and in every rollup, by those of `tables`, which are of EVENT_SCHEMA.
 
-        For a day that nobody writes to any more: what arrives in it meanwhile is lost. One table is in memory at a
-        time. Finding where a row is of another day or an event stands twice; Unavailable where what arrived is not
-        `expected`. Until all is staged and counted nothing has changed; after an error or a crash later than that,
-        repeat it, and the day is whole. Tokens used for rows of this day mean nothing any more: take new ones.
+        For a day that nobody writes to any more: what arrives in it meanwhile is lost, after `ready` as well. One
+        table is in memory at a time. Finding where a row is of another day or an event stands twice; Unavailable where
+        what arrived is not `expected`. Until all is staged and counted nothing has changed; after an error or a crash
+        later than that, repeat it, and the day is whole. Tokens of rows of this day mean nothing any more: take new.
         """
         day, beyond = divmod(day_us, DAY_US)
         if beyond or day < 0:
@@ -299,13 +310,18 @@ class ClickHouse(Connection):
             if table.num_rows and not begin <= pc.min(times).as_py() <= pc.max(times).as_py() < end:
                 raise Finding(f"a batch of {begin:%Y-%m-%d} holds a row of another day", "verify the evidence first")
             self._insert(staging + EVENTS.table, table, f"{staging}{number}")
-        twice = f"""SELECT toString(event_id) AS id FROM {staging}{EVENTS.table} GROUP BY event_id HAVING count() > 1
-            LIMIT 1 SETTINGS max_bytes_before_external_group_by = {_SPILL_BYTES}"""  # noqa: S608
-        if found := self._query(twice).column("id").to_pylist():
-            raise Finding(f"the batches of {begin:%Y-%m-%d} hold event {found[0]} twice", "verify the evidence first")
+        for part in self._id_parts(staging + EVENTS.table):
+            twice = f"""SELECT toString(event_id) AS id FROM {staging}{EVENTS.table} WHERE {part}
+                GROUP BY event_id HAVING count() > 1 LIMIT 1"""  # noqa: S608
+            if found := self._ask(twice).column("id").to_pylist():
+                raise Finding(f"the batches of {begin:%Y-%m-%d} hold event {found[0]} twice", "verify the evidence")
 
     def _stage(self, rollup: Rollup, staging: str, source: str, where: str = "1") -> None:
-        self._command(f"INSERT INTO {staging}{rollup.table} {_AGAIN} {rollup.select(source, where)}")
+        """An hour at a time: no statement's time grows with the day."""
+        hours = f"SELECT DISTINCT toInt64(toUnixTimestamp({_HOUR_OF_ROW})) AS hour FROM {source} WHERE {where}"  # noqa: S608
+        for row in self._ask(f"{hours} ORDER BY hour").to_pylist():
+            select = rollup.select(source, f"{where} AND {_HOUR_OF_ROW} = toDateTime({row['hour']}, 'UTC')")
+            self._command(f"INSERT INTO {staging}{rollup.table} {_AGAIN} {select}")
 
     def _swap(self, stored: Stored, staging: str, day: int) -> None:
         """One partition at once, by that of staging; without any, by nothing."""
@@ -319,7 +335,7 @@ class ClickHouse(Connection):
             raise Unavailable(what, "see that nothing writes to this day, and repeat this")
 
     def _by_day(self, stored: Stored, staging: str = "", where: str = "1") -> dict[int, Totals]:
-        rows = self._query(stored.by_day(f"{staging}{stored.table}", where)).to_pylist()
+        rows = self._ask(stored.by_day(f"{staging}{stored.table}", where)).to_pylist()
         return {row["day"]: Totals(row["rows"], int(row["ns"])) for row in rows}
 
     @contextmanager
@@ -336,7 +352,7 @@ class ClickHouse(Connection):
 
     def _drop_staging(self, prefix: str) -> None:
         query = "SELECT name FROM system.tables WHERE database = {db:String} AND startsWith(name, {prefix:String})"
-        for row in self._query(query, db=self._database, prefix=prefix).to_pylist():
+        for row in self._ask(query, db=self._database, prefix=prefix).to_pylist():
             self._command(f"DROP TABLE IF EXISTS `{row['name']}` SYNC")
 
     def latency_quantiles(self, start_us: int, end_us: int) -> list[Latency]:
@@ -373,7 +389,7 @@ class ClickHouse(Connection):
 
     def _read(self, kind: Callable[..., _Row], sql: str, **values: Any) -> list[_Row]:
         """Rows whose columns are the fields of `kind`; sums come as decimals, exact."""
-        rows = self._query(sql, **values).to_pylist()
+        rows = self.query(sql, **values).to_pylist()
         return [kind(**{k: int(v) if isinstance(v, Decimal) else v for k, v in row.items()}) for row in rows]
 
 
@@ -382,19 +398,3 @@ def _seconds(rollup: Rollup, start_us: int, end_us: int) -> dict[str, int]:
         unit = rollup.time
         raise UsageError(f"the rollup is by {unit}", f"ask for a range that begins and ends on a whole {unit}")
     return {"start": start_us // US_PER_SECOND, "end": end_us // US_PER_SECOND}
-
-
-def _typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with exactly this schema; a column that does not fit it is a failed read."""
-    try:
-        return pa.table([_cast(table.column(f.name).combine_chunks(), f) for f in schema], schema=schema)
-    except (KeyError, ValueError, TypeError) as error:
-        raise Unavailable("ClickHouse answered with columns of another type", "check its tables") from error
-
-
-def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
-    if column.null_count and not field.nullable:
-        raise ValueError(f"{field.name} holds a null")
-    if field.type == pa.uuid():
-        return pa.ExtensionArray.from_storage(field.type, column.cast(pa.binary(16)))
-    return column.cast(field.type)

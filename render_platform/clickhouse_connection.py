@@ -17,10 +17,12 @@ from urllib.parse import unquote, urlsplit
 
 import clickhouse_connect
 import pyarrow as pa
+import pyarrow.compute as pc
 from clickhouse_connect.driver.exceptions import ClickHouseError
 from clickhouse_connect.driver.httputil import default_pool_manager
 from urllib3.exceptions import HTTPError
 
+from render_platform.clickhouse_schema import MIGRATIONS, Migration
 from render_platform.errors import Unavailable, UsageError
 
 OLDEST_SERVER = [24, 8]
@@ -28,7 +30,7 @@ _NO_DSN = "this is no ClickHouse DSN", "give chdb:///folder or http(s)://user:pa
 _TOO_OLD = "ClickHouse is too old or unsupported", "24.8 or newer is needed"
 
 DRIVER_ERRORS = (ClickHouseError, HTTPError, OSError, pa.ArrowException, ImportError)
-_BOUNDED = ("result", "read", "group_by", "sort", "timeout")
+_BOUNDED = ("result", "read", "group_by", "sort", "distinct", "set", "join", "timeout")
 _NO_PARTIAL_RESULTS = {f"{what}_overflow_mode": "throw" for what in _BOUNDED}
 INSERT_S = 30
 """How long an insert may work before ClickHouse gives it up by itself, whether or not its client still waits."""
@@ -126,12 +128,12 @@ class Connection:
                         self._client.raw_query("SELECT 1")
                 raise
 
-    def _query(self, sql: str, **values: Any) -> pa.Table:
+    def _ask(self, sql: str, **values: Any) -> pa.Table:
         with self._calling():
-            return self._client.query_arrow(sql, parameters=values)
+            return _printable(self._client.query_arrow(sql, parameters=values))
 
     def _one(self, sql: str, **values: Any) -> Any:
-        for row in self._query(sql, **values).to_pylist():
+        for row in self._ask(sql, **values).to_pylist():
             return next(iter(row.values()))
         raise Unavailable("a table of ClickHouse is missing", "see that nothing else changes this database")
 
@@ -144,6 +146,37 @@ class Connection:
             settings = {**_INSERT_SETTINGS, "insert_deduplication_token": token}
             with self._calling():
                 self._client.insert_arrow(name, table.combine_chunks(), settings=settings)
+
+
+class Database(Connection):
+    """A database with numbered migrations, of which a reader wants none to be pending."""
+
+    _ready = False
+    """Whether none was, when this one last looked or migrated."""
+
+    def query(self, sql: str, **values: Any) -> pa.Table:
+        """The rows of one SELECT; `values` are its parameters. What asks for figures of its own has its own SQL.
+
+        Unavailable where migrations are pending: who reads changes nothing.
+        """
+        if not self._ready:
+            if pending := self.pending():
+                what = f"ClickHouse lacks {len(pending)} migrations, from number {pending[0].number} on"
+                raise Unavailable(what, "run `render-platform migrate`")
+            self._client.database, self._ready = self._database, True
+        return self._ask(sql, **values)
+
+    def pending(self) -> list[Migration]:
+        """The migrations that the database does not name yet. Unavailable where it names one that is not known here."""
+        require_version(self._client.server_version)
+        query = "SELECT count() FROM system.tables WHERE database = {db:String} AND name = 'schema_migrations'"
+        done: set[int] = set()
+        if self._one(query, db=self._database):
+            found = self._ask(f"SELECT number FROM `{self._database}`.schema_migrations")  # noqa: S608
+            done = set(found.column("number").to_pylist())
+        if unknown := done - {migration.number for migration in MIGRATIONS}:
+            raise Unavailable(f"migration {max(unknown)} is not known here", "install a newer version")
+        return [migration for migration in MIGRATIONS if migration.number not in done]
 
 
 def open_client(dsn: str) -> tuple[Any, str, FolderLock | None]:
@@ -229,3 +262,46 @@ def _scrubbed(text: str, dsn: str) -> str:
 def require_version(version: str) -> None:
     if [int(number) for number in re.findall(r"\d+", version)[:2]] < OLDEST_SERVER:
         raise Unavailable(*_TOO_OLD)
+
+
+def _printable(table: pa.Table) -> pa.Table:
+    """ClickHouse keeps any bytes as text. Those that no event can hold, no UTF-8 or NUL, are told as `invalid` and
+    their hex: that is no key of ours either, and the rows stay readable, for what they are."""
+    for at, field in enumerate(table.schema):
+        if pa.types.is_string(field.type) and not _is_text(table.column(at)):
+            found = table.column(at).combine_chunks().view(pa.binary()).to_pylist()
+            table = table.set_column(at, field, pa.array(map(_text_of, found), pa.string()))
+    return table
+
+
+def _is_text(column: pa.ChunkedArray) -> bool:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return not pc.any(pc.match_substring(column, "\0")).as_py()
+
+
+def _text_of(data: bytes | None) -> str | None:
+    if data is None:
+        return None
+    with suppress(UnicodeDecodeError):
+        if b"\0" not in data:
+            return data.decode()
+    return f"invalid {data.hex().upper()}"
+
+
+def typed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with exactly this schema; a column that does not fit it is a failed read."""
+    try:
+        return pa.table([_cast(table.column(f.name).combine_chunks(), f) for f in schema], schema=schema)
+    except (KeyError, ValueError, TypeError) as error:
+        raise Unavailable("ClickHouse answered with columns of another type", "check its tables") from error
+
+
+def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
+    if column.null_count and not field.nullable:
+        raise ValueError(f"{field.name} holds a null")
+    if field.type == pa.uuid():
+        return pa.ExtensionArray.from_storage(field.type, column.cast(pa.binary(16)))
+    return column.cast(field.type)

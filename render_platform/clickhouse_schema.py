@@ -248,7 +248,7 @@ ROW_VALUES_QUERY = f"""SELECT UUIDToNum(e.event_id) AS event_id,
     intDiv(toUnixTimestamp64Micro(e.recorded_at), {WINDOW_US}) AS `window`, e.customer_ref AS customer_ref,
     e.model_name AS model_name, {_ROW_VALUE} AS row_value
 FROM usage_events AS e WHERE {RANGE} AND {_LOW} % {{parts:UInt64}} = {{part:UInt64}}"""  # noqa: S608
-ROW_COUNT_QUERY = f"SELECT toInt64(count()) FROM usage_events WHERE {RANGE}"  # noqa: S608
+ROW_COUNT_QUERY = f"SELECT toInt64(count()) AS rows FROM usage_events WHERE {RANGE}"  # noqa: S608
 
 _READ = (f"UUIDToNum(e.{f.name}) AS {f.name}" if f.type == pa.uuid() else f.name for f in EVENT_SCHEMA)
 ROWS_QUERY = f"""SELECT {", ".join(_READ)}

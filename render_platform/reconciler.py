@@ -44,8 +44,6 @@ _log = structlog.get_logger()
 _REBUILT = ("duplicated", "altered", "unexpected")
 """Causes that only a rebuild takes away."""
 _UNRECORDED = "ClickHouse holds rows of this hour, and no lane recorded into it"
-
-
 MAX_IDS_A_PASS = 100_000
 """Rows that one pass of an insert holds; it is repeated until nothing is missing."""
 
@@ -127,6 +125,8 @@ class Reconciler:
 
         Also told to ClickHouse, for dashboards, as far as that can be reached.
         """
+        with suppress(Unavailable):  # the report says so
+            self.clickhouse.make_ready()  # it is going to hold the verdict
         report = self._reconcile(hour_us)
         if report.status == "pending" and not self.hours.known(hour_us, hour_us + HOUR_US):
             with suppress(Unavailable):  # it stays pending, whatever ClickHouse holds
@@ -140,6 +140,7 @@ class Reconciler:
 
     def unrecorded(self) -> list[int]:
         """Hours of which ClickHouse holds rows and the slow path nothing: neither events nor that there are none."""
+        self.clickhouse.make_ready()
         known = set(self.hours.known())
         return [hour for hour in self.clickhouse.hours_with_rows() if hour not in known]
 
@@ -176,9 +177,8 @@ class Reconciler:
         if report.status == "unavailable":
             return RepairPlan(report, refused=report.error)
         if report.status == "pending" and not self.hours.covered(hour_us):
-            return RepairPlan(
-                report, refused=f"no lane ever recorded into {iso(hour_us)[:13]}h: nothing says what it holds"
-            )
+            unknown = f"no lane ever recorded into {iso(hour_us)[:13]}h: nothing says what it holds"
+            return RepairPlan(report, refused=unknown)
         day_us, refused = _day_of(hour_us), ""
         unfinished = self.repairs.unfinished(day_us, REBUILDING)
         if unfinished or any(report.count(cause) for cause in _REBUILT):
@@ -274,7 +274,11 @@ class Reconciler:
         return covered, [hour for hour in covered if self.hours.closed_until(hour) < hour + HOUR_US]
 
     def _rebuild(self, day_us: int) -> None:
-        """Replace a day's rows in ClickHouse by those of its batches, log that, and reconcile the day's hours."""
+        """Replace a day's rows in ClickHouse by those of its batches, log that, and reconcile the day's hours.
+
+        No lock keeps a lane from opening between `ready` and the swap: what it delivers in that instant goes, from
+        ClickHouse alone. Once the lane has closed, its hours are due, say what is missing, and a repair inserts that.
+        """
         hours = self._rebuildable(day_us)
         last = {hour: self.hours.last_report(hour) for hour in hours}
         reports = {hour: report.digest if report else None for hour, report in last.items()}
@@ -307,8 +311,7 @@ class Reconciler:
 
     def _judge(self, hour_us: int) -> tuple[HourReport, list[AuditEntry]]:
         """The report as it would be logged if nothing had changed since the last, and the batches that it is of."""
-        closed = self.hours.closed_until(hour_us)
-        last = self.hours.last_report(hour_us)
+        closed, last = self.hours.closed_until(hour_us), self.hours.last_report(hour_us)
         revision, threshold = last.revision if last else 1, self.settings.threshold_ppm
         if expired := self._expired(hour_us):
             return unavailable_report(hour_us, revision, threshold, closed, expired), []
@@ -330,7 +333,8 @@ class Reconciler:
         with self._connected() as connection:
             slow = self.slow.window_aggregates(found, connection)
             figures = [one for one in compare(slow, fast, rollup, connection) if one.key[0] * WINDOW_US < end]
-            if end == hour_us + HOUR_US and self.clickhouse.hourly_totals(hour_us) != _sum(figures):
+            held = Totals(sum(one.fast_events for one in figures), sum(one.fast_gpu_time_ns for one in figures))
+            if end == hour_us + HOUR_US and self.clickhouse.hourly_totals(hour_us) != held:
                 figures = [replace(one, rollup_equal=False) for one in figures]
             differing = [one.key for one in figures if not one.rows_equal]
             if not differing:
@@ -378,10 +382,6 @@ class Reconciler:
         self.log.publish()
         self.log.append(draft, mark)
         self.log.publish()
-
-
-def _sum(figures: list[KeyFigures]) -> Totals:
-    return Totals(sum(one.fast_events for one in figures), sum(one.fast_gpu_time_ns for one in figures))
 
 
 def _day_of(hour_us: int) -> int:

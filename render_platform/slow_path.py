@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
+from uuid import UUID
 
 import duckdb
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,6 +26,11 @@ from render_platform.events import EVENT_SCHEMA, Totals, event_ids, require_sche
 
 CHUNK_BYTES = 64 * 1024 * 1024
 """Of batches that are read at once; one batch may be larger."""
+IDS_AT_ONCE = 16_000_000
+"""Ids that are sorted at once, 8 bytes each."""
+COPIES_AT_ONCE = 2
+_BLOCK_BYTES = 8 * 1024 * 1024
+_Halves = npt.NDArray[np.uint64]
 _LOOK = "run `render-platform verify --deep`"
 _MASK = "18446744073709551615"
 _MODULUS = "18446744073709551616::HUGEINT"
@@ -84,8 +93,14 @@ class SlowPath:
         return [parse(data) for data in self._read_entries(hour_us)]
 
     def window_aggregates(self, hour: Sequence[AuditEntry], connection: duckdb.DuckDBPyConnection) -> pa.Table:
-        """SLOW_SCHEMA: one row a window, customer and model, with order-free sums of its ids and of its whole rows."""
-        chunks = [SLOW_SCHEMA.empty_table(), *self._query(hour, connection, AGGREGATES, SLOW_SCHEMA)]
+        """SLOW_SCHEMA: one row a window, customer and model, with order-free sums of its ids and of its whole rows.
+
+        Finding where an event stands twice in the hour: it would be billed twice, and sums would not tell.
+        """
+        with _HalfIds() as ids:
+            sums = self.query_chunks(hour, connection, AGGREGATES, SLOW_SCHEMA, ids.add)
+            chunks = [SLOW_SCHEMA.empty_table(), *sums]
+            self._require_once(hour, ids.repeated())
         for window in {window for chunk in chunks for window in chunk.column("window").to_pylist()}:
             if hour and window * WINDOW_US // HOUR_US * HOUR_US != hour[0].recorded_hour:
                 raise Finding(f"the batches of {iso(hour[0].recorded_hour or 0)} hold rows of another hour", _LOOK)
@@ -104,21 +119,27 @@ class SlowPath:
 
     def row_values(self, hour: Sequence[AuditEntry], connection: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
         """ROW_VALUES_SCHEMA of every row, a chunk of batches at a time."""
-        return self._query(hour, connection, _ROW_VALUES, ROW_VALUES_SCHEMA)
+        return self.query_chunks(hour, connection, _ROW_VALUES, ROW_VALUES_SCHEMA)
 
-    def _query(
-        self, hour: Sequence[AuditEntry], connection: duckdb.DuckDBPyConnection, sql: str, schema: pa.Schema
+    def query_chunks(
+        self,
+        hour: Sequence[AuditEntry],
+        connection: duckdb.DuckDBPyConnection,
+        sql: str,
+        schema: pa.Schema,
+        look: Callable[[pq.ParquetFile], None] = lambda _batch: None,
     ) -> Iterator[pa.Table]:
-        """What `sql` gives over each chunk of batches.
+        """What `sql`, a statement over `$files`, gives over each chunk of batches: a table of `schema` a chunk.
 
         DuckDB reads private copies of the bytes that were checked: what happens to a store's files after that cannot
-        come between. A killed process leaves one chunk of them in the temporary folder.
+        come between. A killed process leaves one chunk of them in the temporary folder. `look` is given each batch, in
+        some thread.
         """
         connection.execute("SET enable_progress_bar = false")  # it would be drawn over what a command prints
         with TemporaryDirectory(prefix="render-platform-") as folder:
             for chunk in _chunks(hour):
-                files = [Path(folder, str(entry.subject_digest)) for entry in chunk]
-                self._copy(chunk, files)
+                files = [Path(folder, f"{number}") for number in range(len(chunk))]  # two may name one blob
+                self._copy(chunk, files, look)
                 try:
                     table = connection.sql(sql, params={"files": [str(file) for file in files]}).to_arrow_table()
                 except duckdb.Error as error:
@@ -127,11 +148,27 @@ class SlowPath:
                     file.unlink()
                 yield table.cast(schema)
 
-    def _copy(self, chunk: Sequence[AuditEntry], files: Sequence[Path]) -> None:
+    def _copy(self, chunk: Sequence[AuditEntry], files: Sequence[Path], look: Callable[[pq.ParquetFile], None]) -> None:
         blobs = self._cas.get_many(str(entry.subject_digest) for entry in chunk)
-        for entry, file, data in zip(chunk, files, blobs, strict=True):
-            _check(entry, data)
+
+        def copy(entry: AuditEntry, file: Path, data: bytes) -> None:
+            look(_checked(entry, data))
             file.write_bytes(data)
+
+        with ThreadPoolExecutor(COPIES_AT_ONCE, "copy") as pool:
+            for _ in pool.map(copy, chunk, files, blobs):
+                pass
+
+    def _require_once(self, hour: Sequence[AuditEntry], halves: _Halves) -> None:
+        """Finding where an id with one of these lower halves stands in two rows; two ids may share a half."""
+        seen: set[bytes] = set()
+        for entry in hour if halves.size else ():
+            ids = event_ids(self._table(entry))
+            for event_id in ids.filter(pa.array(np.isin(_lower_halves(ids), halves))).to_pylist():
+                if event_id in seen:
+                    name = iso(entry.recorded_hour or 0)
+                    raise Finding(f"the batches of {name} hold event {UUID(bytes=event_id)} twice", _LOOK)
+                seen.add(event_id)
 
     def rows_by_id(self, hour: Sequence[AuditEntry], wanted_ids: Collection[bytes]) -> pa.Table:
         """The rows of some events, as recorded, sorted by `event_id`."""
@@ -175,14 +212,57 @@ def _chunks(hour: Sequence[AuditEntry]) -> Iterator[list[AuditEntry]]:
         yield chunk
 
 
-def _check(entry: AuditEntry, data: bytes) -> None:
-    """Finding unless the footer promises events, as many as the entry."""
+class _HalfIds:
+    """The lower halves of event ids, in a temporary file: memory is bounded whatever the number of rows."""
+
+    def __init__(self) -> None:
+        self._file = TemporaryFile(prefix="render-platform-")  # noqa: SIM115  `__exit__` closes it
+
+    def __enter__(self) -> _HalfIds:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._file.close()
+
+    def add(self, batch: pq.ParquetFile) -> None:
+        try:
+            ids = event_ids(batch.read(["event_id"], use_threads=False))
+        except (pa.ArrowException, OSError) as error:
+            raise Finding(f"the ids of a batch are not readable as Parquet: {error}", _LOOK) from error
+        self._file.write(_lower_halves(ids).tobytes())
+
+    def repeated(self) -> _Halves:
+        """Those that stand more than once."""
+        parts = 1 + self._file.tell() // 8 // IDS_AT_ONCE
+        return np.concatenate([self._repeated(part, parts) for part in range(parts)])
+
+    def _repeated(self, part: int, parts: int) -> _Halves:
+        self._file.seek(0)
+        blocks = [np.zeros(0, np.uint64)]
+        while data := self._file.read(_BLOCK_BYTES):
+            block = np.frombuffer(data, np.uint64)
+            blocks.append(block[block % parts == part] if parts > 1 else block)
+        halves: _Halves = np.concatenate(blocks)
+        halves.sort()
+        repeated: _Halves = halves[1:][halves[1:] == halves[:-1]]
+        return repeated
+
+
+def _lower_halves(ids: pa.Array) -> _Halves:
+    """The last eight bytes of each, as numbers in the machine's order: what is the same is equal, no more."""
+    words: _Halves = np.frombuffer(ids.buffers()[1] or b"", np.uint64)
+    return words[2 * ids.offset :][1 : 2 * len(ids) : 2]
+
+
+def _checked(entry: AuditEntry, data: bytes) -> pq.ParquetFile:
+    """A batch; Finding unless its footer promises events, as many as the entry."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise Finding(f"the batch {entry.batch_id} is not readable as Parquet: {error}", _LOOK) from error
     require_schema(file.schema_arrow)
     _check_count(entry, file.metadata.num_rows)
+    return file
 
 
 def _check_count(entry: AuditEntry, rows: int) -> None:

@@ -27,6 +27,14 @@ from tests.factories import START_US
 END_US = START_US + HOUR_US
 
 
+@pytest.fixture(scope="module", autouse=True)
+def engine() -> Iterator[None]:
+    """The embedded engine runs on between a module's tests: with its last user it ends, and a new one takes longer the
+    more databases there are."""
+    with closing(chdb_server.open_raw(chdb_server.shared_dsn())):
+        yield
+
+
 @pytest.fixture(params=chdb_server.IMPLEMENTATIONS)
 def dsn(request: pytest.FixtureRequest) -> str:
     """Of the engine in this process, of its bridge, of a server: what the tests say holds for each."""
@@ -44,7 +52,7 @@ def name(dsn: str) -> Iterator[str]:
 
 @pytest.fixture
 def clickhouse(dsn: str, name: str) -> Iterator[ClickHouse]:
-    with closing(open_clickhouse(dsn, name)) as opened:
+    with closing(open_clickhouse(dsn, name, retention_days=0)) as opened:
         yield opened
 
 

@@ -22,7 +22,7 @@ from render_platform.errors import Unavailable, UsageError
 from render_platform.events import total_gpu_time_ns
 from tests import chdb_server, factories
 from tests.factories import START_US
-from tests.test_clickhouse import END_US, clickhouse, dsn, name, raw, rollup_events  # noqa: F401  fixtures
+from tests.test_clickhouse import END_US, clickhouse, dsn, engine, name, raw, rollup_events  # noqa: F401  fixtures
 
 
 def test_unknown_tokens_are_counted_apart_from_zero(clickhouse: ClickHouse, raw: Any) -> None:
@@ -111,8 +111,16 @@ def test_a_read_that_failed_midway_leaves_nothing_to_the_next(clickhouse: ClickH
     failing = "SELECT number, throwIf(number = 90000) FROM numbers(100000) SETTINGS max_block_size = 1000"
     for _ in range(2):
         with pytest.raises(Unavailable):
-            clickhouse._query(failing)
-        assert clickhouse._query("SELECT 1 AS x").to_pylist() == [{"x": 1}]
+            clickhouse.query(failing)
+        assert clickhouse.query("SELECT 1 AS x").to_pylist() == [{"x": 1}]
+
+
+def test_no_limit_of_a_profile_cuts_an_answer_short(clickhouse: ClickHouse) -> None:
+    """A server's user may have limits, and be told to get what there is up to them: each request says otherwise."""
+    ours = "name LIKE '%overflow_mode' AND name != 'transfer_overflow_mode'"  # that one is of other servers' tables
+    modes = clickhouse.query(f"SELECT name, value, changed FROM system.settings WHERE {ours}").to_pylist()
+    assert {"distinct_overflow_mode", "set_overflow_mode", "group_by_overflow_mode"} <= {one["name"] for one in modes}
+    assert {(one["value"], one["changed"]) for one in modes} == {("throw", 1)}
 
 
 def test_a_closed_database_is_unavailable() -> None:

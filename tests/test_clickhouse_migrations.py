@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,17 +13,27 @@ import pytest
 
 from render_platform.clickhouse import ClickHouse, open_clickhouse, pending_migrations
 from render_platform.clickhouse_schema import KEPT, MIGRATIONS
-from render_platform.clock import DAY_US
+from render_platform.clock import DAY_US, HOUR_US
 from render_platform.errors import Unavailable
 from tests import chdb_server, factories
 from tests.chdb_server import DyingClient
 from tests.commands import own_clickhouse, run_inside
 from tests.factories import START_US
-from tests.test_clickhouse import clickhouse, dsn, name, raw  # noqa: F401  fixtures
+from tests.test_clickhouse import clickhouse, dsn, engine, name, raw  # noqa: F401  fixtures
 from tests.test_clickhouse_queries import hour_events
 
 NUMBERS = [migration.number for migration in MIGRATIONS]
-OLD = factories.make_table(400, seed=31, start_us=START_US - DAY_US // 2, span_us=DAY_US)
+READS: list[Callable[[ClickHouse], object]] = [
+    ClickHouse.totals,
+    ClickHouse.duplicates,
+    ClickHouse.hours_with_rows,
+    lambda opened: list(opened.row_values(START_US, START_US + DAY_US)),
+    lambda opened: opened.window_aggregates(START_US, START_US + DAY_US),
+    lambda opened: opened.reports(START_US, START_US + DAY_US),
+]
+MIDNIGHT = START_US - START_US % DAY_US
+OLD = factories.make_table(400, seed=31, start_us=MIDNIGHT - HOUR_US, span_us=2 * HOUR_US)
+"""An hour in each of two days: a rollup is filled an hour at a time."""
 
 
 def numbers(found: list[Any]) -> list[int]:
@@ -67,6 +77,40 @@ def test_a_database_that_is_not_there_is_not_made(dsn: str, name: str) -> None:
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert numbers(pending_migrations(f"chdb://{tmp_path / 'clickhouse'}", "t")) == NUMBERS
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_changes_nothing_and_says_what_to_run(older: ClickHouse, raw: Any, dsn: str, name: str) -> None:
+    before = tables(raw)
+    with closing(open_clickhouse(dsn, name)) as reader:
+        for read in READS:
+            with pytest.raises(
+                Unavailable, match=r"lacks 2 migrations, from number 3 on \(run `render-platform migrate`"
+            ):
+                read(reader)
+        assert tables(raw) == before
+        older.migrate()
+        assert (reader.totals().events, hour_events(reader)) == (OLD.num_rows, OLD.num_rows)
+
+
+def test_a_reader_makes_no_database(dsn: str, name: str) -> None:
+    with closing(open_clickhouse(dsn, name)) as reader, pytest.raises(Unavailable, match="migrate"):
+        reader.totals()
+    with closing(chdb_server.open_raw(dsn)) as client:
+        assert name not in client.command("SHOW DATABASES")
+
+
+def test_an_insert_migrates_first(older: ClickHouse, dsn: str, name: str) -> None:
+    with closing(open_clickhouse(dsn, name)) as writer:
+        writer.insert_events(factories.make_table(50, seed=32), "new")
+        assert (writer.totals()[0], hour_events(writer)) == (OLD.num_rows + 50, OLD.num_rows + 50)
+    assert pending_migrations(dsn, name) == []
+
+
+def test_a_migration_that_failed_leaves_a_reader_where_it_was(older: ClickHouse, dsn: str, name: str) -> None:
+    with closing(DyingClient(chdb_server.open_raw(dsn, name), 2)) as client, pytest.raises(Unavailable):
+        ClickHouse(client, dsn, name).insert_events(factories.make_table(1), "a")
+    with closing(open_clickhouse(dsn, name)) as reader, pytest.raises(Unavailable, match="migrate"):
+        reader.totals()
 
 
 def test_existing_rows_are_counted_once(older: ClickHouse) -> None:
@@ -182,10 +226,19 @@ def server_of_version(version: str) -> Iterator[str]:
             thread.join()
 
 
+def prepare(dsn: str, name: str) -> None:
+    open_clickhouse(dsn, name, 0).close()
+
+
+def read(dsn: str, name: str) -> None:
+    with closing(open_clickhouse(dsn, name)) as reader:
+        reader.totals()
+
+
 @pytest.mark.parametrize("version", ["23.8.16.16", "18.16.1", "24.7.6.8"])
 def test_an_older_server_is_refused_in_one_sentence(version: str) -> None:
     with server_of_version(version) as url:
-        for use in (open_clickhouse, pending_migrations):
+        for use in (read, prepare, pending_migrations):
             with pytest.raises(Unavailable) as caught:
                 use(url, "t")
             assert str(caught.value) == "ClickHouse is too old or unsupported (24.8 or newer is needed)"
@@ -214,7 +267,7 @@ def test_the_command_where_nothing_can_be_read(tmp_path: Path) -> None:
     assert (outcome.code, (tmp_path / "nowhere").exists()) == (2, False)
     newer = own_clickhouse()
     dsn, database = newer["RENDER_PLATFORM_CLICKHOUSE_DSN"], newer["RENDER_PLATFORM_CLICKHOUSE_DATABASE"]
-    with closing(open_clickhouse(dsn, database)), closing(chdb_server.open_raw(dsn, database)) as client:
+    with closing(open_clickhouse(dsn, database, 0)), closing(chdb_server.open_raw(dsn, database)) as client:
         client.command("INSERT INTO schema_migrations VALUES (99, 'later')")
         outcome = run_inside("migrate", "--check", "--state", tmp_path, env=newer)
     assert outcome.code == 3

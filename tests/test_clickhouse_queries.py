@@ -18,7 +18,7 @@ from render_platform.errors import Unavailable, UsageError
 from render_platform.events import UsageEvent, total_gpu_time_ns
 from tests import factories
 from tests.factories import START_US
-from tests.test_clickhouse import END_US, clickhouse, dsn, name, raw  # noqa: F401  fixtures
+from tests.test_clickhouse import END_US, clickhouse, dsn, engine, name, raw  # noqa: F401  fixtures
 
 MADE = factories.make_events(600, seed=21, start_us=START_US, span_us=3 * HOUR_US)
 AFTER_US = START_US + 3 * HOUR_US

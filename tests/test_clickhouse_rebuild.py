@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from render_platform import clickhouse as clickhouse_module
 from render_platform import events
 from render_platform.clickhouse import ClickHouse
 from render_platform.clock import DAY_US, HOUR_US
@@ -20,10 +23,12 @@ from render_platform.events import EVENT_SCHEMA, Totals, total_gpu_time_ns
 from tests import chdb_server, factories
 from tests.chdb_server import DyingClient
 from tests.factories import START_US
-from tests.test_clickhouse import clickhouse, dsn, name, raw  # noqa: F401  fixtures
+from tests.test_clickhouse import clickhouse, dsn, engine, name, raw  # noqa: F401  fixtures
 
 DAY = START_US - START_US % DAY_US
-TRUE = factories.make_table(300, seed=41, start_us=DAY, span_us=DAY_US)
+FIRST = DAY + 11 * HOUR_US
+TRUE = factories.make_table(300, seed=41, start_us=FIRST, span_us=2 * HOUR_US)
+"""In two hours: a rollup is staged an hour at a time."""
 NEXT = factories.make_table(40, seed=42, start_us=DAY + DAY_US, span_us=DAY_US)
 EXPECTED = Totals(TRUE.num_rows, total_gpu_time_ns(TRUE))
 
@@ -183,8 +188,40 @@ def test_killed_after_any_change_the_repeat_makes_it_whole(filled: ClickHouse, r
         assert staged(raw) == [], f"after {left} changes"
         left += 1
     require_true(filled)
-    assert unchanged == 9  # three tables made, three parts inserted, two rollups staged: then the rows are swapped
-    assert left == 14  # three swaps, three tables dropped
+    assert unchanged == 11  # three tables made, three parts inserted, two rollups of two hours staged: then the swaps
+    assert left == 16  # three swaps, three tables dropped
+
+
+def test_no_statement_adds_up_more_than_an_hour(filled: ClickHouse, dsn: str, name: str) -> None:
+    """What the statements of a rebuild take does not grow with the day, but with its fullest hour."""
+    held_by: dict[str, list[int]] = {}
+
+    class Watched(DyingClient):
+        def command(self, sql: str, *args: Any, **options: Any) -> Any:
+            done = super().command(sql, *args, **options)
+            if target := re.match(r"INSERT INTO (staging_\w+)", sql):
+                [held] = self.query_arrow(f"SELECT toInt64(sum(events)) AS rows FROM {target[1]}").to_pylist()
+                held_by.setdefault(target[1], [0]).append(held["rows"])
+            return done
+
+    with closing(Watched(chdb_server.open_raw(dsn, name))) as client:
+        ClickHouse(client, dsn, name).rebuild_day(DAY, parts(), EXPECTED)
+    hours = [filled.hourly_totals(FIRST + number * HOUR_US).events for number in range(2)]
+    assert [[after - before for before, after in pairwise(held)] for held in held_by.values()] == [hours, hours]
+    require_true(filled)
+
+
+@pytest.mark.parametrize("at_once", [10_000, 100, 7])
+def test_an_event_that_stands_twice_is_found_however_ids_are_parted(
+    filled: ClickHouse, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(clickhouse_module, "IDS_AT_ONCE", at_once)
+    assert filled.duplicates() == 0
+    with pytest.raises(Finding, match=f"hold event {TRUE.column('event_id')[7].as_py()} twice"):
+        filled.rebuild_day(DAY, [TRUE, TRUE.slice(7, 1)], Totals(301, EXPECTED.gpu_time_ns))
+    filled.insert_events(TRUE.slice(0, 120), "again")
+    filled.insert_events(TRUE.slice(0, 1), "and again")
+    assert filled.duplicates() == 121
 
 
 def test_rows_of_other_days_arrive_meanwhile(filled: ClickHouse, raw: Any, dsn: str, name: str) -> None:

@@ -38,6 +38,7 @@ from tests.chdb_server import open_raw
 from tests.factories import CUSTOMERS, MODELS
 from tests.fault_cases import CAUSES, LAST_HOUR
 from tests.stories import DEADLINE_US, Key, keyed_event, open_story, record, wanting
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 
 Row = dict[str, Any]
 Fault = tuple[str, str]

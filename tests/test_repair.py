@@ -35,6 +35,7 @@ from tests.stories import (
     run_in_clickhouse,
     wanting,
 )
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 
 
 class Killed(BaseException):

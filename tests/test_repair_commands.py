@@ -17,6 +17,7 @@ from tests import chdb_server
 from tests.commands import Outcome, run_inside
 from tests.factories import make_events
 from tests.stories import DEADLINE_US, HOUR, deliver, finish_lane, logged, open_story, record
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 
 DAY = HOUR - HOUR % DAY_US
 CLOSED = DAY + DAY_US + DEADLINE_US

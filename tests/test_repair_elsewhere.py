@@ -19,6 +19,7 @@ from render_platform.pipeline import Platform
 from tests import chdb_server
 from tests.factories import make_events
 from tests.stories import HOUR, deliver, fast_ids, open_story, record, run_in_clickhouse
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 from tests.test_repair_rebuild import CLOSED
 
 NEXT = HOUR + HOUR_US

@@ -33,6 +33,7 @@ from tests.stories import (
     rollup_total,
     run_in_clickhouse,
 )
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 from tests.test_repair import again, assert_exact, states
 
 DAY = HOUR - HOUR % DAY_US
@@ -334,30 +335,57 @@ def test_a_batch_that_cannot_be_trusted_stops_the_rebuild(platform: Platform, ha
     assert states(platform) == ["rebuilt"]
 
 
+class Overtaken:
+    """ClickHouse, where a lane comes into the first hour while its day is rebuilt: staged whole, and not swapped."""
+
+    def __init__(self, platform: Platform, *, after_the_look: bool) -> None:
+        self._platform, self._after_the_look = platform, after_the_look
+        self.late: list[UsageEvent] = []
+
+    def rebuild_day(self, day_us: int, tables: Iterator[pa.Table], expected: Totals, ready: Callable[[], None]) -> None:
+        def overtaken() -> None:
+            if self._after_the_look:
+                ready()
+            self.late = record(self._platform, make_events(3, 5, HOUR), "trace/late")
+            deliver(self._platform, self.late)
+            if not self._after_the_look:
+                ready()
+
+        self._platform.clickhouse.rebuild_day(day_us, tables, expected, overtaken)
+
+    def close(self) -> None:
+        """It is the other platform's."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform.clickhouse, name)
+
+
 def test_a_lane_that_comes_into_the_day_while_it_is_staged_stops_the_rebuild(platform: Platform) -> None:
     made = recorded(platform)
     deliver(platform, made)
     deliver(platform, made[:1], "again")
-
-    class Overtaken:
-        def rebuild_day(
-            self, day_us: int, tables: Iterator[pa.Table], expected: Totals, ready: Callable[[], None]
-        ) -> None:
-            def late() -> None:
-                """All is staged and counted, and nothing is swapped yet."""
-                record(platform, make_events(3, 5, HOUR), "trace/late")
-                ready()
-
-            platform.clickhouse.rebuild_day(day_us, tables, expected, late)
-
-        def close(self) -> None:
-            """It is the other platform's."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(platform.clickhouse, name)
-
     with closing(again(platform)) as slow:
-        slow.__dict__["clickhouse"] = Overtaken()
+        slow.__dict__["clickhouse"] = Overtaken(platform, after_the_look=False)
         with pytest.raises(Unavailable, match="opened again"):
             slow.repair(HOUR)
-    assert len(fast_ids(platform)) == 41, "nothing was swapped"
+    assert len(fast_ids(platform)) == 44, "nothing was swapped"
+
+
+def test_what_a_lane_delivers_in_the_instant_before_the_swap_comes_back_by_an_insert(platform: Platform) -> None:
+    """The slow path keeps it; the fast one loses it, which the lane's next report tells and its repair mends."""
+    made = recorded(platform)
+    deliver(platform, made)
+    deliver(platform, made[:1], "again")
+    with closing(again(platform)) as slow:
+        slow.__dict__["clickhouse"] = overtaken = Overtaken(platform, after_the_look=True)
+        assert slow.repair(HOUR).way == "rebuild"
+    assert len(fast_ids(platform)) == len(made), "the late rows went with the swap"
+    finish_lane(platform, "trace/late", CLOSED)
+    platform.flush()
+    assert HOUR in platform.hours.due()
+    report = platform.reconcile(HOUR)
+    assert (report.status, report.count("missing")) == ("discrepant", 3)
+    assert report.missing == tuple(sorted(str(event.event_id) for event in overtaken.late))
+    outcome = platform.repair(HOUR)
+    assert (outcome.way, outcome.inserted, outcome.after.status) == ("insert", 3, "reconciled")
+    assert_exact(platform, [*made, *overtaken.late])

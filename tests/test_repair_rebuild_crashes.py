@@ -17,6 +17,7 @@ from render_platform.pipeline import Platform
 from tests import chdb_server
 from tests.factories import make_events
 from tests.stories import HOUR, deliver, finish_lane, logged, open_story, record, run_in_clickhouse
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 from tests.test_repair import DyingCas, DyingClickHouse, DyingLog, Kill, Killed, again, assert_exact, states
 from tests.test_repair_rebuild import CLOSED, DAY, LAST_HOUR
 

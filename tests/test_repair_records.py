@@ -22,6 +22,7 @@ from tests import chdb_server
 from tests.commands import run_inside
 from tests.factories import make_events
 from tests.stories import HOUR, HandMade, deliver, finish_lane, logged, open_story, record, said
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 from tests.test_recovery import backup, restore
 from tests.test_repair import again
 from tests.test_repair_rebuild import CLOSED, DAY

@@ -32,6 +32,7 @@ from tests.stories import (
     open_story,
     record,
 )
+from tests.test_clickhouse import engine  # noqa: F401  fixture
 from tests.test_repair import again, assert_exact, recorded, states
 
 NEXT_DAY = HOUR - HOUR % DAY_US + DAY_US

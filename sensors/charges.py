@@ -81,8 +81,9 @@ def invoices_monthly(
     try:
         with platform.open() as open_platform:
             now_us = open_platform.clock.now_us()
-            waiting = {month_of(day) for day in Charging(open_platform, book_of(open_platform.settings)).due()}
-            months = _not_invoiced(open_platform.database)
+            charging = Charging(open_platform, book_of(open_platform.settings))
+            waiting = {month_of(day) for day in charging.due()}
+            months = [month for month in _not_invoiced(open_platform.database) if charging.owes(month)]
     except UsageError as error:
         return dg.SkipReason(str(error))
     working, _ = _recent(context.instance, invoicing.name)

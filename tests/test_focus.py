@@ -115,15 +115,18 @@ class Ledger:
 
 
 def ledger(seed: int, steps: Sequence[str]) -> Ledger:
-    """Steps are `0` … `3`, a day charged anew, with more; `d`, the first day at other prices; `i`, an invoice."""
+    """Steps are `0` … `3`, a day charged anew, with more; `d`, the first day at prices that hold from then on; `i`, an
+    invoice."""
     rng, made, held = random.Random(seed), Ledger(), defaultdict[int, list[dict[str, Any]]](list)
+    book = BOOK
     for step in steps:
         if step == "i":
             made.invoice()
         else:
             day = int(step) if step.isdigit() else 0
             held[day] += usage(rng, 3)
-            made.charge(day, held[day], DEARER if step == "d" else BOOK)
+            book = DEARER if step == "d" else book
+            made.charge(day, held[day], book)
     return made
 
 

@@ -95,6 +95,19 @@ def test_a_plan_leaves_everything_as_it_is(state: State) -> None:
         assert platform.clickhouse.totals().events == 39
 
 
+def test_a_plan_makes_no_tables_and_a_repair_does(state: State) -> None:
+    """Nobody has written to ClickHouse yet: what it lacks is not known to be everything, it is not known."""
+    for _ in range(2):
+        planned = state.run("repair", "--plan", "--json")
+        assert planned.code == 3, planned.said
+        assert all("run `render-platform migrate`" in row["why"] for row in planned.json)
+    with closing(chdb_server.open_raw(chdb_server.shared_dsn())) as client:
+        assert state.env["RENDER_PLATFORM_CLICKHOUSE_DATABASE"] not in client.command("SHOW DATABASES")
+    done = state.run("repair", "--json")
+    assert (done.code, sum(row["events"] for row in done.json)) == (0, 40), done.said
+    assert state.run("repair", "--plan", "--json").json == []
+
+
 def test_a_day_is_rebuilt_once_for_all_its_hours(state: State) -> None:
     give(state, lost=3, twice=2)
     done = state.run("repair", "--from", iso(HOUR + HOUR_US), "--json")

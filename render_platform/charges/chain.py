@@ -5,6 +5,7 @@ Whoever holds the log can do this: it needs no SQL. `charging` does the same wit
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -39,6 +40,7 @@ from render_platform.slow_path import SlowPath
 TYPES = ("charges", "correction")
 BOOK, DAY, INVOICE = "price-book/", "day/", "invoice/"
 Connect = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
+_MONTH = re.compile(r"(19[7-9][0-9]|[2-8][0-9]{3})-(0[1-9]|1[0-2])")
 _Record = TypeVar("_Record", DayCharges, Invoice)
 
 
@@ -74,14 +76,19 @@ class Month:
         if entry.batch_id.startswith(DAY):
             record = parse_day(cas.get(digest))
             said = (record.day_us, record.revision, record.events, record.gpu_time_ns)
-            if said != (entry.recorded_hour, entry.batch_seq, entry.records, entry.gpu_time_ns):
+            if (
+                said != (entry.recorded_hour, entry.batch_seq, entry.records, entry.gpu_time_ns)
+                or record.day_us % DAY_US
+            ):
                 raise Finding(f"{entry.batch_id}: the record does not say what its entry says")
+            _require_name(entry, f"{DAY}{iso(record.day_us)[:10]}", record.revision)
             self.days.append(Logged(record, digest, index))
             self.state.add_day(digest, record)
         elif entry.batch_id.startswith(INVOICE):
             invoice = parse_invoice(cas.get(digest))
             if (invoice.month, invoice.revision) != (month_of(entry.recorded_hour or 0), entry.batch_seq):
                 raise Finding(f"{entry.batch_id}: the invoice does not say what its entry says")
+            _require_name(entry, f"{INVOICE}{invoice.month}", invoice.revision)
             self.invoices.append(Logged(invoice, digest, index))
             self.state.add_invoice(digest, invoice)
 
@@ -90,16 +97,25 @@ class Month:
         return next((one for one in reversed(self.days) if one.record.day_us == day_us), None)
 
 
+def name_of(name: str, revision: int) -> str:
+    """The `batch_id` of a day's or a month's record."""
+    return name if revision == 1 else f"{name}/{revision}"
+
+
+def _require_name(entry: AuditEntry, name: str, revision: int) -> None:
+    if (entry.type, entry.batch_id) != (TYPES[revision > 1], name_of(name, revision)):
+        raise Finding(f"{entry.batch_id} is no {entry.type} of that name and revision")
+
+
 def month_of(at_us: int) -> str:
     return iso(at_us)[:7]
 
 
 def month_bounds(month: str) -> tuple[int, int]:
     """Begin and end of a month; UsageError where it is none."""
-    try:
-        begin = datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC)
-    except ValueError:
-        raise UsageError(f"{month!r} is not a month", "give it as 2026-11") from None
+    if not _MONTH.fullmatch(month):
+        raise UsageError(f"{month!r} is not a month", "give it as 2026-11")
+    begin = datetime(int(month[:4]), int(month[5:]), 1, tzinfo=UTC)
     end = begin.replace(year=begin.year + begin.month // 12, month=begin.month % 12 + 1)
     return int(begin.timestamp()) * US_PER_SECOND, int(end.timestamp()) * US_PER_SECOND
 
@@ -139,6 +155,14 @@ def batches_named(found: Sequence[Numbered]) -> Batches:
 
 def problems_of(month: Month) -> Iterator[str]:
     """What is wrong with the sums: lines against amounts, what was issued against lines, invoices against both."""
+    try:
+        yield from _line_problems(month)
+        yield from _invoice_problems(month)
+    except ArithmeticError as error:  # of a record that nobody could have made: amounts of too many digits
+        yield f"its amounts cannot be added up: {type(error).__name__}"
+
+
+def _line_problems(month: Month) -> Iterator[str]:
     for one in month.days:
         for line in one.record.lines:
             if rated_amount(line) != Decimal(line.amount):
@@ -155,7 +179,6 @@ def problems_of(month: Month) -> Iterator[str]:
         for key, (total, rounded) in sorted(due.items()):
             if totals.get(key, Decimal(0)) != total or issued[key] != rounded:
                 yield f"{key[1]} of {key[0][:12]}: the records issue {issued[key]}, the month's lines come to {total}"
-        yield from _invoice_problems(month)
 
 
 def _invoice_problems(month: Month) -> Iterator[str]:
@@ -194,6 +217,8 @@ class Rerating:
                     self._follow(Numbered(index, entry), connection)
                 except (Finding, Missing, UsageError) as error:
                     yield entry.batch_id, error.message
+                except ArithmeticError as error:
+                    yield entry.batch_id, f"its amounts cannot be added up: {type(error).__name__}"
         for name, month in sorted(self._months.items()):
             for problem in problems_of(month):
                 yield f"the charges of {name}", problem
@@ -220,8 +245,8 @@ class Rerating:
 
     def _add_book(self, entry: AuditEntry) -> None:
         book = parse_price_book(self._cas.get(str(entry.subject_digest)))
-        if entry.batch_id != f"{BOOK}{book.version}":
-            raise Finding(f"the price book is of version {book.version}")
+        if (entry.type, entry.batch_id) != (TYPES[0], f"{BOOK}{book.version}"):
+            raise Finding(f"the price book is of version {book.version}, and logged as {entry.type}")
         self._books[book.digest] = book
 
     def _day(self, data: bytes, month: Month, connection: duckdb.DuckDBPyConnection) -> bytes:
@@ -230,6 +255,9 @@ class Rerating:
         if book is None:
             raise Finding("its price book does not stand in the log before it")
         last = -1 if record.last_index is None else record.last_index
+        before = month.day(record.day_us)
+        if before is not None and record.batches < before.record.batches:
+            raise Finding(f"it rates {record.batches} batches, the day's record before it {before.record.batches}")
         found = [one for one in self._batches[record.day_us // DAY_US] if one.at <= last]
         usage = read_usage(self._slow, found, book, connection)
         return build_day(record.day_us, book, batches_named(found), usage, month.state).to_bytes()

@@ -25,10 +25,11 @@ from render_platform.charges.chain import (
     connected,
     month_bounds,
     month_of,
+    name_of,
     problems_of,
     read_usage,
 )
-from render_platform.charges.price_book import PriceBook
+from render_platform.charges.price_book import PriceBook, parse_price_book
 from render_platform.charges.rating import build_day, build_invoice
 from render_platform.charges.records import DayCharges, Invoice
 from render_platform.clock import DAY_US, HOUR_US, iso
@@ -59,12 +60,14 @@ class Charging:
         self._require_closed(day_us)
         for _ in range(_ATTEMPTS):
             month, found = self.month(month_of(day_us)), self._batches(day_us)
+            book = self._book_of(month)
             with connected(self._connect) as connection:
-                usage = read_usage(self._platform.slow, found, self.book, connection)
-            record, last = build_day(day_us, self.book, batches_named(found), usage, month.state), month.day(day_us)
+                usage = read_usage(self._platform.slow, found, book, connection)
+            record, last = build_day(day_us, book, batches_named(found), usage, month.state), month.day(day_us)
             if last is not None and _same(last.record, record):
+                self._platform.log.publish()  # a crash may have left it unpublished
                 return last
-            self._log_book()
+            self._log_book(book)
             logged = self._log(record, f"{DAY}{iso(day_us)[:10]}", day_us, month)
             if logged is not None:
                 return logged
@@ -82,6 +85,7 @@ class Charging:
             record = build_invoice(month, known.state)
             if record is None:
                 if known.invoices:
+                    self._platform.log.publish()
                     return known.invoices[-1]
                 raise Unavailable(f"{month} has no charges", "charge its days: `render-platform charge`")
             logged = self._log(record, f"{INVOICE}{month}", start_us, known)
@@ -105,17 +109,29 @@ class Charging:
         held = self._held()
         return [day for day in sorted(held) if held[day] != last.get(day) and not self._open_hours(day, day + DAY_US)]
 
+    def owes(self, month: str) -> bool:
+        """Whether an invoice of the month would say anything new."""
+        return build_invoice(month, self.month(month).state) is not None
+
     def check(self, month: str) -> list[str]:
         """What is wrong with a month's sums: lines against what was issued, what was issued against invoices."""
         return list(problems_of(self.month(month)))
 
     # Inside.
 
+    def _book_of(self, month: Month) -> PriceBook:
+        """A month that began in another currency stays in it, with the book that priced it last."""
+        last = month.days[-1].record if month.days else None
+        if last is None or (last.currency, last.minor_digits) == (self.book.currency, self.book.minor_digits):
+            return self.book
+        return parse_price_book(self._platform.cas.get(last.book_digest))
+
     def _require_closed(self, day_us: int) -> None:
         if day_us % DAY_US:
             raise UsageError(f"{day_us} is not the first instant of a day", "give midnight, UTC")
         hours = self._platform.hours
-        if not any(hours.covered(hour) for hour in range(day_us, day_us + DAY_US, HOUR_US)):
+        covered = any(hours.covered(hour) for hour in range(day_us, day_us + DAY_US, HOUR_US))
+        if not covered and day_us not in self._held():  # a lane that a recovery ended holds events, and covers nothing
             raise Unavailable(f"nothing recorded into {iso(day_us)[:10]} yet", "charge a day that is over")
         if still_open := self._open_hours(day_us, day_us + DAY_US):
             name = f"{iso(still_open[0])[:13]}h"
@@ -153,9 +169,9 @@ class Charging:
             rows = connection.execute(query.order_by(log_entries.c.log_index)).all()
         return [Numbered(row.log_index, parse(bytes(row.entry))) for row in rows]
 
-    def _log_book(self) -> None:
+    def _log_book(self, book: PriceBook) -> None:
         """The book's bytes as an entry of their own, once a version."""
-        platform, book = self._platform, self.book
+        platform = self._platform
         digest = platform.cas.put(book.data)
         draft = AuditEntry(
             "charges",
@@ -195,7 +211,7 @@ class Charging:
 
         draft = AuditEntry(
             TYPES[record.revision > 1],
-            name if record.revision == 1 else f"{name}/{record.revision}",
+            name_of(name, record.revision),
             FIRST_PREVIOUS,
             recorded_hour=at_us,
             batch_seq=record.revision,

@@ -21,7 +21,7 @@ from render_platform.charges.records import DayCharges, Invoice
 from render_platform.charges.spend import Budget, Budgets, Spend, Spending, book_of
 from render_platform.clock import DAY_US, iso
 from render_platform.config import load_settings
-from render_platform.errors import Finding, Unavailable, UsageError
+from render_platform.errors import PlatformError, UsageError
 from render_platform.options import Time, json_option, print_json, state_option
 from render_platform.pipeline import Platform, open_platform
 
@@ -59,7 +59,7 @@ def charge(
         for day_us in charging.due() if day is None and start is None and end is None else _days(day, start, end):
             try:
                 rows.append(_day_row(charging.charge(day_us)))
-            except (Unavailable, Finding) as error:
+            except PlatformError as error:  # one day that is refused holds up no other
                 rows.append({"day": iso(day_us)[:10], "error": str(error)})
                 codes.add(error.exit_code)
     if as_json:

@@ -36,7 +36,7 @@ MAX_BYTES = 4 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
 _PATTERN = re.compile(r"[A-Za-z0-9._:/@+*?-]{1,200}")
 _CURRENCY = re.compile(r"[A-Z]{3}")
-_AMOUNT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
+AMOUNT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
 _BOOK = ("version", "currency", "minor_digits", "rounding", "device_classes", "prices")
 _PERIOD = ("from", "billed", "rules")
 _RULE = ("sku", "unit", "price", "per", "tier", "model", "device_class")
@@ -211,7 +211,7 @@ def _text(table: Mapping[str, Any], name: str, where: str, good: re.Pattern[str]
 def _decimal(table: Mapping[str, Any], name: str, where: str) -> Decimal:
     """Text, never a float: 0.1 has no exact binary form."""
     value = table.get(name)
-    if not _is(_AMOUNT, value):
+    if not _is(AMOUNT, value):
         raise RecordError(f"{where}{name}", f"{value!r} is not an amount", 'write it as text, e.g. "0.0025"')
     return Decimal(str(value))
 

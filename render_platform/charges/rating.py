@@ -189,12 +189,10 @@ class Batches(NamedTuple):
 def build_day(
     day_us: int, book: PriceBook, batches: Batches, usage: Sequence[Mapping[str, Any]], month: MonthState
 ) -> DayCharges:
-    """A day's record, after those that `month` holds. UsageError where its currency is not the month's."""
+    """A day's record, after those that `month` holds. UsageError where the book does not fit these."""
     last = month.latest.get(day_us)
-    for other in month.latest.values():
-        if (other.currency, other.minor_digits) != (book.currency, book.minor_digits):
-            raise UsageError(f"the month is charged in {other.currency}", "change currencies at the begin of a month")
     lines = rate(book, usage)
+    _require_fit(book, lines, month)
     return DayCharges(
         day_us,
         last.revision + 1 if last else 1,
@@ -210,6 +208,21 @@ def build_day(
         lines=lines,
         issued=_issue(book, lines, last.lines if last else (), month.totals(leave_out=day_us), month.issued),
     )
+
+
+def _require_fit(book: PriceBook, lines: Sequence[Line], month: MonthState) -> None:
+    """One currency a month, one unit a SKU, and no older prices over newer ones."""
+    units = {line.sku: line.unit for line in lines}
+    for other in month.latest.values():
+        if (other.currency, other.minor_digits) != (book.currency, book.minor_digits):
+            raise UsageError(f"the month is charged in {other.currency}", "change currencies at the begin of a month")
+        if other.book_version > book.version:
+            what = f"the month is charged with version {other.book_version} of the price book, this is {book.version}"
+            raise UsageError(what, "name the newest file in the setting price_book")
+        for line in other.lines:
+            if units.setdefault(line.sku, line.unit) != line.unit:
+                what = f"the SKU {line.sku} has the units {line.unit} and {units[line.sku]} in one month"
+                raise UsageError(what, "give what is counted otherwise a SKU of its own")
 
 
 def _issue(

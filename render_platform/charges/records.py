@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 from render_platform import canonical
+from render_platform.charges.price_book import PER, ROUNDINGS, UNITS
 from render_platform.errors import Finding
 
 VERSION = 1
@@ -183,6 +184,7 @@ def _made(record: type[_Record], values: Mapping[str, Any], data: bytes) -> _Rec
 
 
 _PLAIN = re.compile(r"-?[0-9]{1,60}(\.[0-9]{1,60})?")
+_CHOICES: dict[str, tuple[object, ...]] = {"per": PER, "unit": ("", *UNITS), "rounding": tuple(ROUNDINGS)}
 _AMOUNTS = {"price", "billed", "amount", "total", "rounded", "before", "issued"}
 
 
@@ -193,5 +195,9 @@ def _check_types(kind: type, values: Mapping[str, Any]) -> None:
             continue
         if type(value) is not (int if wanted.startswith("int") else str):
             raise Finding(f"{field.name} does not have its type")
+        if isinstance(value, int) and value < 0 and kind is not InvoiceLine:
+            raise Finding(f"{field.name} is below zero")
+        if field.name in _CHOICES and value not in _CHOICES[field.name]:
+            raise Finding(f"{field.name} is not one that is known")
         if field.name in _AMOUNTS and not _PLAIN.fullmatch(str(value)):
             raise Finding(f"{field.name} is not an amount")

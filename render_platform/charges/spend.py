@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation, localcontext
+from decimal import ROUND_DOWN, Decimal, localcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from render_platform.cas import Cas
 from render_platform.charges.chain import TYPES, Month, Numbered, month_bounds
-from render_platform.charges.price_book import UNITS, PriceBook, load_price_book
+from render_platform.charges.price_book import AMOUNT, UNITS, PriceBook, load_price_book
 from render_platform.charges.rating import EXACT, rate
 from render_platform.charges.records import Line
 from render_platform.clickhouse import ClickHouse
@@ -98,7 +98,7 @@ class Spend:
             return None
         if not self.budget.amount:
             return Decimal(1) if self.spent else Decimal(0)
-        return (self.spent / self.budget.amount).quantize(Decimal("0.0001"))
+        return (self.spent / self.budget.amount).quantize(Decimal("0.0001"), ROUND_DOWN)  # 1 is all, and no less
 
     @property
     def co2_g(self) -> Decimal | None:
@@ -154,12 +154,9 @@ class Budgets:
 
     def set(self, customer_ref: str, amount: str, currency: str, *, enforce: bool) -> Budget:
         """In the place of an earlier one. A crash before the commit: that one stands; after it: this one."""
-        try:
-            value = Decimal(amount)
-        except InvalidOperation:
-            value = Decimal(-1)
-        if not value.is_finite() or not 0 <= value < 10**15:
+        if not AMOUNT.fullmatch(amount):
             raise UsageError(f"{amount!r} is not an amount", "give it as 250 or 99.50")
+        value = Decimal(amount)
         row = {"amount": f"{value:f}", "currency": currency, "enforce": enforce, "set_us": self._clock.now_us()}
         with self._database.write() as connection:
             connection.execute(budgets.delete().filter_by(customer_ref=customer_ref))
@@ -217,8 +214,8 @@ class Spending:
         """The spend of each of these customers, at the cost of one read of the log and one of ClickHouse."""
         refs = list(dict.fromkeys(customers))
         known, limits = self._charged(month), Budgets(self._database, self._clock).all()
-        estimates, unknown = self._estimates(month, known, refs)
-        return {ref: self._spend(ref, month, known, estimates, unknown, limits.get(ref)) for ref in refs}
+        estimates = self._estimates(month, known, refs)
+        return {ref: self._spend(ref, month, known, estimates[ref], limits.get(ref)) for ref in refs}
 
     def customers(self, month: str) -> list[str]:
         """Who is charged anything in the month."""
@@ -229,20 +226,19 @@ class Spending:
         ref: str,
         month: str,
         known: _Known,
-        estimates: Mapping[str, _Charged] | None,
-        unknown: str,
+        estimate: _Charged | str,
         budget: Budget | None,
     ) -> Spend:
         charged = known.customers.get(ref, _Charged())
-        more = _Charged() if estimates is None else estimates.get(ref, _Charged())
+        more = estimate if isinstance(estimate, _Charged) else _Charged()
         return Spend(
             customer_ref=ref,
             month=month,
             currency=known.currency or self.book.currency,
             charged=tuple(charged.skus[sku] for sku in sorted(charged.skus)),
             charged_days=len(known.days),
-            estimated=None if estimates is None else tuple(more.skus[sku] for sku in sorted(more.skus)),
-            unknown=unknown,
+            estimated=None if isinstance(estimate, str) else tuple(more.skus[sku] for sku in sorted(more.skus)),
+            unknown=estimate if isinstance(estimate, str) else "",
             events=charged.events + more.events,
             energy_known=charged.energy_known + more.energy_known,
             energy_mj=charged.energy_mj + more.energy_mj,
@@ -269,13 +265,14 @@ class Spending:
                     del self._known[next(iter(self._known))]
             return known
 
-    def _estimates(self, month: str, known: _Known, refs: Sequence[str]) -> tuple[dict[str, _Charged] | None, str]:
-        """By customer, what ClickHouse holds of the days without a record; or None, and why that is not known."""
+    def _estimates(self, month: str, known: _Known, refs: Sequence[str]) -> dict[str, _Charged | str]:
+        """Of each customer, what ClickHouse holds of the days without a record; or why that is not known."""
         spans = _uncharged(month, known.days, self._clock.now_us())
         if not spans or not refs:
-            return {}, ""
+            return {ref: _Charged() for ref in refs}
         if known.currency and known.currency != self.book.currency:
-            return None, f"the month is charged in {known.currency}, the price book is in {self.book.currency}"
+            other = f"the month is charged in {known.currency}, the price book is in {self.book.currency}"
+            return dict.fromkeys(refs, other)
         usage: dict[str, list[dict[str, Any]]] = defaultdict(list)
         try:
             with self._clickhouse() as clickhouse:
@@ -283,9 +280,16 @@ class Spending:
                     values = {"start": start_us, "end": end_us, "customers": list(refs)}
                     for row in clickhouse.query(_usage_sql(self.book), **values).to_pylist():
                         usage[row["customer_ref"]].append(row)
-            return {ref: _estimated(self.book, rows) for ref, rows in usage.items()}, ""
-        except (Unavailable, UsageError) as error:
-            return None, error.message
+        except Unavailable as error:
+            return dict.fromkeys(refs, error.message)
+        return {ref: self._estimate(usage[ref]) for ref in refs}
+
+    def _estimate(self, rows: Sequence[Mapping[str, Any]]) -> _Charged | str:
+        """What the book does not price makes one customer's estimate unknown, and nobody else's."""
+        try:
+            return _estimated(self.book, rows)
+        except UsageError as error:
+            return error.message
 
 
 def _uncharged(month: str, days: frozenset[int], now_us: int) -> list[tuple[int, int]]:

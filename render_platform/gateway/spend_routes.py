@@ -123,7 +123,7 @@ class BudgetGuard:
     async def look(self) -> None:
         try:
             self._spent = await asyncio.to_thread(self._read)
-        except PlatformError as error:
+        except (PlatformError, ArithmeticError, OSError, sa.exc.SQLAlchemyError) as error:
             self._spent = frozenset()
             _log.warning("budgets_not_read", error=str(error))
 

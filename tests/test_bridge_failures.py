@@ -113,6 +113,7 @@ def test_what_a_killed_bridge_left_is_ignored(tmp_path: Path) -> None:
         assert FolderLock.url_file(folder).read_text() == stale
     with bridge_over(folder) as second, closing(open_clickhouse(f"chdb://{folder}", "t")) as opened:
         assert second.dsn != stale
+        opened.make_ready()
         assert opened.totals() == (0, 0)
         second.end(signal.SIGKILL)
     lock = FolderLock.take(folder)

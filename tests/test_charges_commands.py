@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from render_platform.charges.commands import CHARGE_COMMANDS
 from render_platform.charges.price_book import load_price_book
+from render_platform.cli import main
 from render_platform.clock import DAY_US, HOUR_US
 from render_platform.events import UsageEvent
-from render_platform.options import Group
 from tests import chdb_server
 from tests.commands import restored_process
 from tests.factories import CUSTOMERS, START_US, make_events
@@ -26,7 +25,6 @@ from tests.stories import deliver, open_story
 
 DAY = START_US - START_US % DAY_US
 MONTH = "2023-11"
-main = Group(commands=list(CHARGE_COMMANDS))
 
 
 class Shell:

@@ -42,8 +42,8 @@ from tests.test_dagster_layer import (
 from tests.test_dagster_runs import of_partition
 
 KEY = dg.AssetKey("reconciliation")
-RANGE_BYTES, SINGLE_BYTES = 24_000, 250_000
-"""Bounds of what Dagster writes for one partition: in a run over a range, and in a run of its own."""
+RANGE_BYTES, SINGLE_BYTES = 24_000, 400_000
+"""Bounds of what Dagster writes for one partition: in a run over a range, and in a run of its own, with its plot."""
 LAUNCH = """
 mutation($names: [String!]!) {
   launchPartitionBackfill(backfillParams: {assetSelection: [{path: ["reconciliation"]}], partitionNames: $names}) {

@@ -85,7 +85,7 @@ class Platform:
     @cached_property
     def clickhouse(self) -> ClickHouse:
         """Opened on first use: sealing, logging and verifying need no ClickHouse. How long rows are kept, `migrate` and
-        the gateway say: whoever only reads takes nothing away."""
+        the gateway say: whoever only reads takes nothing away, and migrates nothing."""
         settings = self.settings
         return open_clickhouse(settings.clickhouse_url, settings.clickhouse_database)
 

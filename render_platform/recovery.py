@@ -330,6 +330,7 @@ class Figures:
 
 def read_figures(database: Database, fast: ClickHouse, size: int, progress: Progress = lambda *_: None) -> Figures:
     """One batch, or five minutes of ClickHouse, is in memory. ClickHouse's rows in other hours are `elsewhere`."""
+    fast.make_ready()  # without tables it holds nothing, and that is known
     in_sql: dict[int, list[Any]] = defaultdict(lambda: [0, hashlib.sha256()])
     in_fast: dict[int, list[Any]] = defaultdict(lambda: [0, hashlib.sha256()])
     waiting: dict[int, list[bytes]] = defaultdict(list)

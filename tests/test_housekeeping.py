@@ -206,10 +206,10 @@ def test_the_newest_report_stays_however_old(location: Location) -> None:
 def test_the_job_deletes_what_is_older_than_the_setting_says(location: Location, rng: random.Random) -> None:
     make_history(location, rng)
     with closing(sqlite3.connect(location.state / "dagster" / "history" / "runs.db")) as connection, connection:
-        connection.execute("UPDATE runs SET update_timestamp = datetime('now', '-10 days')")
+        connection.execute("UPDATE runs SET update_timestamp = datetime('now', '-5 days')")
     assert location.run("housekeeping").success
-    assert len(location.instance.get_runs()) == 6 + 1, "nothing is a month old"
-    location.patch.setenv("RENDER_PLATFORM_DAGSTER_RETENTION_DAYS", "9")
+    assert len(location.instance.get_runs()) == 6 + 1, "nothing is a week old"
+    location.patch.setenv("RENDER_PLATFORM_DAGSTER_RETENTION_DAYS", "4")
     assert location.run("housekeeping").success
     assert len(location.instance.get_runs()) == 4 + 2
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from render_platform.cli import main
 from render_platform.config import load_settings
 from render_platform.errors import PlatformError, Unavailable, UsageError
 from render_platform.operations.alert_channels import (
@@ -25,8 +26,6 @@ from render_platform.operations.alert_channels import (
     slack_document,
     webhook_document,
 )
-from render_platform.operations.commands import alert as alert_command
-from render_platform.options import Group
 from tests.commands import restored_process
 from tests.factories import START_US
 from tests.receivers import MailServer, Receiver, SlowServer, certificate, free_port
@@ -196,7 +195,6 @@ def test_mail_servers_that_do_not_work() -> None:
 
 def run_test(*options: str, **env: str) -> Any:
     with restored_process():
-        main = Group("render-platform", commands={"alert": alert_command})
         named = {f"RENDER_PLATFORM_{name}": value for name, value in env.items()}
         result = CliRunner(env=named).invoke(main, ["alert", "test", *options])
     assert SECRET not in result.output

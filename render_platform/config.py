@@ -78,6 +78,8 @@ class Settings:
     """How long running jobs may take to end when the gateway is stopped; the next start takes over the rest."""
     report_every_s: int = 30
     """How often the gateway tells Dagster of its jobs."""
+    outbox_retention_days: int = 30
+    """How long SQL keeps live events that are published, and their jobs; the evidence has them for good."""
     dagster_retention_days: int = 7
     """How long Dagster keeps runs, their events and ticks; what partition status is read from stays."""
     webhook_allow: str = ""
@@ -129,6 +131,7 @@ class Settings:
             "report_every_s": (1, 3_600),
             "alert_repeat_s": (60, 604_800),
             "repair_automatically": (0, 1),
+            "outbox_retention_days": (2, 36_500),
             "dagster_retention_days": (1, 36_500),
             "co2_g_per_kwh": (0, 10_000),
         }

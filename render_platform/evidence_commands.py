@@ -266,11 +266,11 @@ def drill(target: Path, state: Path | None, as_json: bool) -> None:
             published = platform.log.published()
             if published is None:
                 raise UsageError("nothing is published yet", "run `render-platform flush` first")
-            live = read_figures(platform.database, platform.clickhouse, published.size, progress)
+            live = read_figures(platform.database, platform.clickhouse, published.size, progress, frozenset())
             evidence = platform.evidence()
         fast = f"chdb://{target.resolve() / 'clickhouse'}"
         done, rebuilt = restore_drill(
-            evidence, target, lambda: open_clickhouse(fast, settings.clickhouse_database), live.size, progress
+            evidence, target, lambda: open_clickhouse(fast, settings.clickhouse_database), live, progress
         )
     found = differences(live, rebuilt)
     if as_json:

@@ -8,13 +8,16 @@ recorded before it. SQLite's writers come one after another, so commits are in t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import sqlalchemy as sa
 
+from render_platform.batches import decode
+from render_platform.cas import Cas
 from render_platform.clock import HOUR_US, Ids, hour_of
 from render_platform.database import (
     UNPUBLISHED,
@@ -27,13 +30,14 @@ from render_platform.database import (
     jobs,
     lanes,
     log_entries,
+    metadata,
     usage_events,
     webhooks,
 )
-from render_platform.errors import RecordError, Unavailable, UsageError
-from render_platform.events import COLUMNS, Totals, UsageEvent, storage_row, table_from_rows
+from render_platform.errors import Finding, RecordError, UsageError
+from render_platform.events import COLUMNS, Totals, UsageEvent, event_ids, storage_row, table_from_rows
 
-_AGAIN = "run the command again"
+_VERIFY = "run `render-platform verify`"
 KEYS_REMEMBERED_S = 5
 """For how long a gateway may still take a key that was deleted."""
 LIVE = "live"
@@ -48,6 +52,34 @@ _REF = Prepared(
     )
 )
 EVENT_COLUMNS = [usage_events.c[name] for name in COLUMNS]
+PRUNED_AT_ONCE = 1_000
+pruned_events = sa.Table(  # never pruned: of which batch an event is whose row is no longer here
+    "pruned_events",
+    metadata,
+    sa.Column("event_id", sa.LargeBinary, primary_key=True),
+    sa.Column("job_id", sa.LargeBinary, nullable=False, unique=True),
+    sa.Column("customer_ref", sa.Text, nullable=False),
+    sa.Column("ordinal", sa.Integer, nullable=False),
+    sqlite_with_rowid=False,
+)
+PLACES = (
+    (usage_events, usage_events.c.batch_id == batches.c.batch_id),
+    (pruned_events, pruned_events.c.ordinal == batches.c.ordinal),
+)
+"""Where an event is known, and which batch it is of."""
+_LATER = jobs.alias()
+_NEEDED = sa.exists().where(
+    jobs.c.job_id == usage_events.c.job_id,
+    sa.or_(
+        jobs.c.state.in_(("queued", "running")),
+        sa.exists().where(job_outputs.c.job_id == jobs.c.job_id),
+        sa.exists().where(webhooks.c.job_id == jobs.c.job_id, webhooks.c.next_us.is_not(None)),
+        ~sa.exists().where(
+            *(_LATER.c[name] == jobs.c[name] for name in ("gateway_id", "epoch")), _LATER.c.seq > jobs.c.seq
+        ),
+    ),
+)
+"""Of an event's job: something still asks for its row."""
 
 
 class Backlog(NamedTuple):
@@ -166,14 +198,22 @@ class Outbox:
         return Backlog(rows, waiting[0], min(ages, default=None))
 
     def totals(self, source: str | None = None) -> Totals:
-        """Events and exact GPU ns, of one source or of all. Summed in halves: the whole may pass 63 bits."""
-        high, low = usage_events.c.gpu_time_ns // 2**32, usage_events.c.gpu_time_ns % 2**32
-        query = sa.select(sa.func.count(), sa.func.sum(high), sa.func.sum(low))
-        if source is not None:
-            query = query.where(usage_events.c.source == source)
+        """Events and exact GPU ns: of all that was recorded, or of the rows of one source that are kept.
+
+        Summed in halves: the whole may pass 63 bits.
+        """
+        event, batch = usage_events.c, batches.c
+        kept = sa.func.count(), event.gpu_time_ns
         with self._database.read() as connection:
-            count, highs, lows = connection.execute(query).one()
-        return Totals(count, (int(highs or 0) << 32) + int(lows or 0))
+            if source is not None:
+                return _summed(connection, *kept, event.source == source)
+            filling = sa.select(batch.batch_id).filter_by(state="filling")
+            loose = _summed(connection, *kept, event.batch_id.is_(None) | event.batch_id.in_(filling))
+            ns = sa.cast(batch.gpu_time_ns, sa.BigInteger)
+            held = _summed(
+                connection, sa.func.sum(batch.records), ns, batch.type == "usage_batch", batch.state != "filling"
+            )
+        return Totals(loose.events + held.events, loose.gpu_time_ns + held.gpu_time_ns)
 
     def progress(self) -> dict[str, int]:
         """How many events are sealed into batches, and how many are under a published checkpoint."""
@@ -211,10 +251,62 @@ class Outbox:
                     totals[gateway, model, status] = Totals(known.events + count, ns)
         return totals
 
+    def prune(self, cas: Cas, before_us: int) -> int:
+        """Delete published rows of the live lane from before a time, with their jobs; gives how many.
+
+        The evidence has them, and `pruned_events` says where. A batch's rows go once its object reads back with these
+        very rows: Finding where it does not. Of each epoch the last job stays, since numbers count on from it, and so
+        does a job that has an output or a webhook to deliver. A crash: the rest goes with the next call.
+        """
+        batch, pruned = batches.c, 0
+        own = sa.select(sa.literal(1)).where(usage_events.c.batch_id == batch.batch_id, ~_NEEDED)
+        old = (batch.state == "published", batch.lane == LIVE, batch.last_recorded_at < before_us, own.exists())
+        with self._database.read() as connection:
+            found = connection.execute(sa.select(batches).where(*old).order_by(batch.ordinal)).all()
+        for one in found:
+            with self._database.read() as connection:
+                rows = rows_of_batch(connection, one.batch_id)
+            stored = decode(cas.get(one.blob_digest))
+            if not stored.filter(pc.is_in(event_ids(stored), value_set=event_ids(rows))).equals(rows):
+                raise Finding(f"{one.batch_id}: its object does not hold the rows that SQL has", _VERIFY)
+            while count := self._prune_some(one):
+                pruned += count
+        return pruned
+
+    def _prune_some(self, batch: Any) -> int:
+        """One transaction, that others do not wait for long."""
+        event = usage_events.c
+        query = sa.select(event.event_id, event.job_id, event.customer_ref, sa.literal(batch.ordinal).label("ordinal"))
+        query = query.where(event.batch_id == batch.batch_id, ~_NEEDED).limit(PRUNED_AT_ONCE)
+        with self._database.write() as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+            if rows:
+                connection.execute(pruned_events.insert(), rows)
+                for table in (webhooks, jobs, usage_events):
+                    connection.execute(table.delete().where(table.c.job_id.in_([row["job_id"] for row in rows])))
+        return len(rows)
+
     def names(self) -> dict[str, str]:
         """`customer_ref` → `issuer/customer_id`, for people who may see it."""
         with self._database.read() as connection:
             return {r.customer_ref: f"{r.issuer}/{r.customer_id}" for r in connection.execute(sa.select(customers))}
+
+
+def _summed(connection: sa.Connection, count: Any, ns: Any, *where: Any) -> Totals:
+    found, highs, lows = connection.execute(
+        sa.select(count, sa.func.sum(ns // 2**32), sa.func.sum(ns % 2**32)).where(*where)
+    ).one()
+    return Totals(int(found or 0), (int(highs or 0) << 32) + int(lows or 0))
+
+
+def located(connection: sa.Connection, ids: Iterable[bytes], job_ids: Iterable[bytes] = ()) -> list[Any]:
+    """(event_id, customer_ref, log_index) of events by their ids or their jobs', whether or not their rows are kept."""
+    found: list[Any] = []
+    for table, same in PLACES:
+        query = sa.select(table.c.event_id, table.c.customer_ref, batches.c.log_index).select_from(table)
+        wanted = table.c.event_id.in_(ids) | table.c.job_id.in_(job_ids)
+        found += connection.execute(query.outerjoin(batches, same).where(wanted)).all()
+    return found
 
 
 def rows_of_batch(connection: sa.Connection, batch_id: str) -> pa.Table:
@@ -279,27 +371,6 @@ def forget_erased(connection: sa.Connection) -> int:
     for row in rows:
         forget_customer(connection, row.issuer, row.customer_id, row.customer_ref)
     return len(rows)
-
-
-def wipe(database: Database) -> None:
-    """Take what was deleted out of SQLite's files: write the database anew, and empty its log of writes.
-
-    Rows move between pages as tables grow, and older pages keep copies: deleting overwrites the last place only. Takes
-    a time in proportion to the database, in which others wait to write. Unavailable where others keep it from it.
-    """
-    if database.engine.dialect.name != "sqlite":
-        return
-    connection = database.engine.raw_connection()
-    try:
-        cursor = connection.cursor()
-        cursor.execute("VACUUM")
-        (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    except database.engine.dialect.loaded_dbapi.OperationalError as error:
-        raise Unavailable(f"the database's files may still hold what was erased: {error}", _AGAIN) from error
-    finally:
-        connection.close()
-    if busy:
-        raise Unavailable("the database's log of writes is in use, and may still hold what was erased", _AGAIN)
 
 
 def _tables_with(connection: sa.Connection, *columns: str) -> list[sa.TableClause]:

@@ -21,7 +21,7 @@ from render_platform.audit_log import AuditLog, BatchLogger, create_head
 from render_platform.batches import decode
 from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
-from render_platform.clock import Clock, Ids, SystemClock, SystemIds
+from render_platform.clock import DAY_US, Clock, Ids, SystemClock, SystemIds
 from render_platform.config import Settings
 from render_platform.database import Database, batches, checkpoints, log_entries, open_sqlite
 from render_platform.entries import END_OF_TIME_US, parse
@@ -178,6 +178,10 @@ class Platform:
         with self.database.read() as connection:
             rows = connection.execute(sa.select(checkpoints).order_by(checkpoints.c.size)).all()
         return [Checkpoint(self.log_signer.name, row.size, row.root) for row in rows]
+
+    def prune(self) -> int:
+        """Live events, and their jobs, that are older than `outbox_retention_days` leave SQL; see Outbox.prune."""
+        return self.outbox.prune(self.cas, self.clock.now_us() - self.settings.outbox_retention_days * DAY_US)
 
     def query(self, sql: str) -> pa.Table:
         """One SELECT over `usage_events`: the rows of every published batch, digests checked."""

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from render_platform import batches as batch_bytes
 from render_platform import canonical, merkle, tiles
 from render_platform.cas import Cas
-from render_platform.database import Database, batches, jobs, log_entries, usage_events
+from render_platform.database import Database, jobs, log_entries
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry, parse
 from render_platform.errors import Finding, Missing, Unavailable, UsageError
 from render_platform.events import canonical_rows, event_ids
@@ -30,12 +30,13 @@ from render_platform.outbox import (
     KEYS_REMEMBERED_S,
     Opening,
     forget_customer,
+    located,
     opening_of,
     ref_to_erase,
-    wipe,
     withdraw_keys,
 )
 
+_AGAIN = "run the command again"
 HEADER = "c2sp.org/tlog-proof@v1"
 VERSION = 1
 RETRY_AFTER_S = 20
@@ -87,13 +88,14 @@ class Receipts:
     def of_job(self, job_id: uuid.UUID, *, opened: bool = True) -> str:
         """The receipt of the job's one event, as in `of_event`; NotPublished also while the job has not ended."""
         with self._database.read() as connection:
-            event_id = connection.execute(sa.select(usage_events.c.event_id).filter_by(job_id=job_id.bytes)).scalar()
-            if event_id is None:
+            known = located(connection, (), [job_id.bytes])
+            if not known:
                 if connection.execute(sa.select(jobs.c.state).filter_by(job_id=job_id.bytes)).scalar() is None:
                     raise UnknownEvent(f"no job {job_id} is known", "check the id")
                 raise NotPublished(f"job {job_id} has not ended")
-            found = _find(connection, uuid.UUID(bytes=event_id))
-        return self._make(uuid.UUID(bytes=event_id), found, opened)
+            event_id = uuid.UUID(bytes=known[0].event_id)
+            found = _find(connection, event_id)
+        return self._make(event_id, found, opened)
 
     def _make(self, event_id: uuid.UUID, found: _Found, opened: bool) -> str:
         log = _PublishedLog(self._log)  # read after SQL: a checkpoint is never behind what its database says of it
@@ -261,15 +263,33 @@ class Erasure:
         return Erased(ref, index)
 
 
+def wipe(database: Database) -> None:
+    """Take what was deleted out of SQLite's files: write the database anew, and empty its log of writes.
+
+    Rows move between pages as tables grow, and older pages keep copies: deleting overwrites the last place only. Takes
+    a time in proportion to the database, in which others wait to write. Unavailable where others keep it from it.
+    """
+    if database.engine.dialect.name != "sqlite":
+        return
+    connection = database.engine.raw_connection()
+    try:
+        cursor = connection.cursor()
+        cursor.execute("VACUUM")
+        (busy, _, _) = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except database.engine.dialect.loaded_dbapi.OperationalError as error:
+        raise Unavailable(f"the database's files may still hold what was erased: {error}", _AGAIN) from error
+    finally:
+        connection.close()
+    if busy:
+        raise Unavailable("the database's log of writes is in use, and may still hold what was erased", _AGAIN)
+
+
 def _find(connection: sa.Connection, event_id: uuid.UUID) -> _Found:
     """Where the event stands in SQL; UnknownEvent where it does not."""
-    row = connection.execute(
-        sa.select(usage_events.c.customer_ref, batches.c.log_index)
-        .select_from(usage_events.outerjoin(batches, batches.c.batch_id == usage_events.c.batch_id))
-        .where(usage_events.c.event_id == event_id.bytes)
-    ).one_or_none()
-    if row is None:
+    known = located(connection, [event_id.bytes])
+    if not known:
         raise UnknownEvent(f"no event {event_id} is known", "check the id; a job's event is found by the job's id")
+    row = known[0]
     erasure = sa.select(log_entries.c.log_index).filter_by(type="erasure", batch_id=row.customer_ref)
     return _Found(row.log_index, opening_of(connection, row.customer_ref), connection.execute(erasure).scalar())
 

@@ -8,8 +8,7 @@ A restored database knows less than the log that was published from it and would
   under another entry of the log, it is a finding. Nothing is billed twice, and no job ends twice.
 - The head moves with each entry, and reaches the end of the log in the last transaction. AuditLog refuses the database
   until then: after a crash anywhere `run` goes on where it was.
-
-Events that the log lacks stay unsealed. Nothing is signed; log and CAS are only read.
+- Events that the log lacks stay unsealed. Nothing is signed; log and CAS are only read.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ from render_platform.fast_path import CHUNK_ROWS, batch_token
 from render_platform.hours import mark_dirty, mark_reported
 from render_platform.note import Checkpoint, Verifier, read_checkpoint
 from render_platform.objects import ObjectStore
-from render_platform.outbox import LIVE, forget_erased, rows_of_batch, wipe
+from render_platform.outbox import LIVE, forget_erased, located, pruned_events, rows_of_batch
+from render_platform.receipts import wipe
 from render_platform.repair import put_logged
 
 _ROWS, LOST_EPOCHS = 2_000, 100  # starts of a gateway after the backup, of which no entry speaks: at most so many
@@ -53,6 +53,7 @@ _UNLOGGED = batches.c.state.in_(sql.UNPUBLISHED[:-1])
 _ENDS = ("state", "attempt", "error_code", "finished_us")
 _INSERT = sql.Prepared(usage_events.insert(), *COLUMNS, "lane", "batch_id")
 Row = dict[str, Any]
+Pruned = frozenset[int]
 _END = sql.Prepared(jobs.update().where(jobs.c.job_id == sa.bindparam("id")), *_ENDS)
 
 
@@ -69,8 +70,7 @@ def read_published(objects: ObjectStore, keys: Sequence[Verifier], progress: Pro
     """The log under `objects`; Finding where any of it does not hold, Missing where a file is not there."""
     note = objects.read(CHECKPOINT)
     checkpoint = read_checkpoint(note, keys)
-    log = PublishedLog(checkpoint, note.decode(), [], {})
-    previous = FIRST_PREVIOUS
+    log, previous = PublishedLog(checkpoint, note.decode(), [], {}), FIRST_PREVIOUS
     for index, data in _read_entries(objects, checkpoint.size):
         progress("log", index, checkpoint.size)
         entry = parse(data)
@@ -82,10 +82,9 @@ def read_published(objects: ObjectStore, keys: Sequence[Verifier], progress: Pro
     if merkle.root(log.leaves) != checkpoint.root:
         raise Finding("the entries do not hash to the checkpoint's root", _VERIFY)
     for tile in tiles.tiles_of(checkpoint.size):
-        level, path = tile[0], tiles.path_of(tile)
-        if level is not None and objects.read(path) != tiles.tile_hashes(
-            level, *tile[1:], lambda a, b: log.leaves[a:b]
-        ):
+        (level, at, width), path = tile, tiles.path_of(tile)
+        hashes = tiles.tile_hashes(level, at, width, lambda a, b: log.leaves[a:b]) if level is not None else b""
+        if level is not None and objects.read(path) != hashes:
             raise Finding(f"log/{path} does not hold what the checkpoint covers", _VERIFY)
     return log
 
@@ -180,9 +179,8 @@ class Recovery:
 
 
 def _leaves(connection: sa.Connection, size: int) -> list[bytes]:
-    index = log_entries.c.log_index
-    found = connection.execute(sa.select(log_entries.c.leaf_hash).where(index < size).order_by(index)).scalars()
-    return [bytes(value) for value in found]
+    query = sa.select(log_entries.c.leaf_hash).where(log_entries.c.log_index < size)
+    return [bytes(value) for value in connection.execute(query.order_by(log_entries.c.log_index)).scalars()]
 
 
 def _append(connection: sa.Connection, index: int, data: bytes, entry: AuditEntry) -> None:
@@ -220,8 +218,8 @@ def _put_lane(connection: sa.Connection, entry: AuditEntry) -> None:
     lane = connection.execute(query).one()
     frontier = max(lane.frontier_us, entry.complete_until or 0, entry.last_recorded_at or 0)
     declared = max(lane.next_watermark_us, hour + HOUR_US if entry.type == "watermark" else 0)
-    moved = lanes.update().values(frontier_us=frontier, next_watermark_us=declared)
-    connection.execute(moved.where(lanes.c.lane == entry.lane))
+    moved = lanes.update().filter_by(lane=entry.lane)
+    connection.execute(moved.values(frontier_us=frontier, next_watermark_us=declared))
 
 
 def _apply(connection: sa.Connection, entry: AuditEntry, subject: bytes, done: Recovered) -> None:
@@ -250,11 +248,9 @@ def _chunks(table: pa.Table) -> Iterator[list[Row]]:
 
 def _standing(connection: sa.Connection, rows: list[Row], done: Recovered) -> tuple[list[bytes], list[Row]]:
     """The events that the database holds of these or of their jobs, and the ends that it lacks of jobs; counted."""
-    of_job = {row["job_id"]: row for row in rows}
-    ids, event = {row["event_id"] for row in rows}, usage_events.c
-    query = sa.select(event.event_id, batches.c.log_index).outerjoin(batches, batches.c.batch_id == event.batch_id)
-    found = connection.execute(query.where(event.event_id.in_(ids) | event.job_id.in_(of_job))).all()
-    for event_id, index in found:
+    of_job, ids = {row["job_id"]: row for row in rows}, {row["event_id"] for row in rows}
+    known = located(connection, ids, of_job)
+    for event_id, _, index in known:
         if index is not None:
             raise Finding(f"the event {UUID(bytes=event_id)}, or its job, is in the log twice", _VERIFY)
     ends = []
@@ -262,12 +258,13 @@ def _standing(connection: sa.Connection, rows: list[Row], done: Recovered) -> tu
         end = tuple(of_job[job.job_id][name] for name in ("status", "attempt", "error_code", "recorded_at"))
         if (job.state, job.attempt) != end[:2]:
             ends.append({"id": job.job_id, **dict(zip(_ENDS, end, strict=True))})
-    others = [row.event_id for row in found if row.event_id not in ids]
+    found = [row.event_id for row in known]
+    others = [event_id for event_id in found if event_id not in ids]
     done.events_superseded += [str(UUID(bytes=event_id)) for event_id in others]
     done.events_marked += len(found) - len(others)
     done.events_restored += len(rows) - len(found) + len(others)
     done.jobs_ended += len(ends)
-    return [row.event_id for row in found], ends
+    return found, ends
 
 
 def _undo_unlogged(connection: sa.Connection) -> int:
@@ -318,7 +315,8 @@ def _put_acceptances(connection: sa.Connection, said: Mapping[tuple[str, int], M
 class Figures:
     """A state as of a log of `size`, by hour: how many events SQL and ClickHouse hold, and the SHA-256 over all rows.
 
-    `waiting` counts the events that are not under that log yet; they are in no other figure.
+    `waiting` counts events that are not under that log yet; they are in no other figure. `pruned`: batches, by their
+    index in the log, whose rows SQL no longer has all of; its figures have only what it says of the batch.
     """
 
     size: int
@@ -326,35 +324,37 @@ class Figures:
     sql: dict[str, tuple[int, str]]
     clickhouse: dict[str, tuple[int, str]]
     waiting: dict[str, int]
+    pruned: Pruned
 
 
-def read_figures(database: Database, fast: ClickHouse, size: int, progress: Progress = lambda *_: None) -> Figures:
+def read_figures(database: Database, fast: ClickHouse, size: int, progress: Progress, pruned: Pruned) -> Figures:
     """One batch, or five minutes of ClickHouse, is in memory. ClickHouse's rows in other hours are `elsewhere`."""
     fast.make_ready()  # without tables it holds nothing, and that is known
-    in_sql: dict[int, list[Any]] = defaultdict(lambda: [0, hashlib.sha256()])
-    in_fast: dict[int, list[Any]] = defaultdict(lambda: [0, hashlib.sha256()])
-    waiting: dict[int, list[bytes]] = defaultdict(list)
+    in_sql, in_fast = (defaultdict[int, list[Any]](lambda: [0, hashlib.sha256()]) for _ in ("SQL", "ClickHouse"))
+    waiting = defaultdict[int, list[bytes]](list)
     logged, event = batches.c.log_index < size, usage_events.c
     with database.read() as connection:
+        gone = sa.select(batches.c.log_index).where(batches.c.ordinal.in_(sa.select(pruned_events.c.ordinal)))
+        pruned |= set(connection.execute(gone).scalars())
         root = merkle.root(_leaves(connection, size)).hex()
         for batch in connection.execute(sa.select(batches).where(logged).order_by(batches.c.log_index)).all():
             marks = batch.lane, batch.log_index, batch.state, batch.records, batch.complete_until, batch.blob_digest
-            _hash(in_sql[batch.hour_us], rows_of_batch(connection, batch.batch_id), marks)
+            kept = "" if batch.log_index in pruned else batch.batch_id
+            _hash(in_sql[batch.hour_us], rows_of_batch(connection, kept), marks)
         later = event.batch_id.in_(sa.select(batches.c.batch_id).where(sa.or_(batches.c.log_index.is_(None), ~logged)))
         query = sa.select(event.event_id, event.recorded_at).where(event.batch_id.is_(None) | later)
         for event_id, at in connection.execute(query):
             waiting[hour_of(at)].append(event_id)
     elsewhere = fast.totals().events
-    hours = sorted({*in_sql, *waiting})
-    for done, hour in enumerate(hours):
+    for done, hour in enumerate(hours := sorted({*in_sql, *waiting})):
         progress("compare", done, len(hours))
         ids = pa.array(waiting.get(hour, []), pa.binary(16))
         for start in range(hour, hour + HOUR_US, WINDOW_US):
             table = fast.rows(start, start + WINDOW_US)
             elsewhere -= table.num_rows
             _hash(in_fast[hour], table.filter(pc.invert(pc.is_in(event_ids(table), value_set=ids))))
-    counts = {iso(hour): len(ids) for hour, ids in sorted(waiting.items())}
-    return Figures(size, {"root": root}, _by_hour(in_sql), {**_by_hour(in_fast), "elsewhere": (elsewhere, "")}, counts)
+    rows = _by_hour(in_sql), {**_by_hour(in_fast), "elsewhere": (elsewhere, "")}
+    return Figures(size, {"root": root}, *rows, {iso(hour): len(waiting[hour]) for hour in sorted(waiting)}, pruned)
 
 
 def _hash(into: list[Any], table: pa.Table, *marks: tuple[Any, ...]) -> None:
@@ -375,9 +375,9 @@ def differences(live: Figures, rebuilt: Figures) -> list[tuple[str, str, Any, An
 
 
 def restore_drill(
-    evidence: Evidence, target: Path, open_fast: Callable[[], ClickHouse], size: int, progress: Progress
+    evidence: Evidence, target: Path, open_fast: Callable[[], ClickHouse], live: Figures, progress: Progress
 ) -> tuple[Recovered, Figures]:
-    """Rebuild SQL and ClickHouse in the new folder `target` from log and CAS alone; figures as of a log of `size`.
+    """Rebuild SQL and ClickHouse in the new folder `target` from log and CAS alone; figures to compare with `live`.
 
     `open_fast` opens an empty ClickHouse; it is closed again. Public keys are enough: nothing is signed or published.
     After a crash, begin again with another folder.
@@ -397,4 +397,4 @@ def restore_drill(
             for start in range(0, table.num_rows, CHUNK_ROWS):
                 chunk = table.slice(start, CHUNK_ROWS)
                 fast.insert_events(chunk, batch_token(chunk))
-        return done, read_figures(database, fast, size, progress)
+        return done, read_figures(database, fast, live.size, progress, live.pruned)

@@ -1,7 +1,9 @@
-"""Keeps Dagster's own storage bounded: once a day, old runs, reports and ticks are deleted.
+"""Keeps storage bounded: once a day, what is old goes.
 
-Older than `dagster_retention_days`, with two exceptions that stay for good, because partition status, the last
-materialization and the last verdict of a check are read from them:
+Of SQL: live events that are published, and their jobs, after `outbox_retention_days`; see `Outbox.prune`.
+
+Of Dagster's own storage: runs, reports and ticks after `dagster_retention_days`. Two exceptions stay for good, because
+partition status, the last materialization and the last verdict of a check are read from them:
 
 - a run that holds the newest event of a kind of an asset's partition, or the newest evaluation of a check, and the run
   that it is a retry of: but not the log of its steps, where that is a file of its own;
@@ -57,13 +59,20 @@ def prune_event_log(context: dg.OpExecutionContext, platform: PlatformResource) 
     context.add_output_metadata({"older than": before.isoformat(timespec="seconds"), **pruned._asdict()})
 
 
+@dg.op(description="Deletes published events and their jobs from SQL that are older than outbox_retention_days.")
+def prune_outbox(context: dg.OpExecutionContext, platform: PlatformResource) -> None:
+    with platform.open() as open_platform:
+        context.add_output_metadata({"events": open_platform.prune()})
+
+
 @dg.job(
     executor_def=dg.in_process_executor,
     tags={"dagster/priority": "-10"},
-    description="Delete old runs, reports and ticks from Dagster's storage. Safe to launch at any time.",
+    description="Delete what is old from SQL and from Dagster's storage. Safe to launch at any time.",
 )
 def housekeeping() -> None:
     prune_event_log()
+    prune_outbox()
 
 
 housekeeping_daily = dg.ScheduleDefinition(
@@ -72,7 +81,7 @@ housekeeping_daily = dg.ScheduleDefinition(
     cron_schedule="37 3 * * *",
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
-    description="Keeps Dagster's storage bounded: deletes what is older than dagster_retention_days.",
+    description="Keeps storage bounded: deletes what is older than outbox_ and dagster_retention_days.",
 )
 
 

@@ -67,7 +67,10 @@ def evidence_of(platform: Platform) -> Evidence:
 def live_figures(platform: Platform) -> Figures:
     checkpoint = platform.log.published()
     assert checkpoint is not None
-    return read_figures(platform.database, platform.clickhouse, checkpoint.size)
+    return read_figures(platform.database, platform.clickhouse, checkpoint.size, lambda *_: None, frozenset())
+
+
+NOTHING = Figures(1, {}, {}, {}, {}, frozenset())
 
 
 def open_empty() -> ClickHouse:
@@ -80,7 +83,7 @@ def drill(platform: Platform, target: Path) -> tuple[Recovered, Figures, list[An
     evidence = evidence_of(platform)
     platform.close()
     seen: list[tuple[str, int, int]] = []
-    done, rebuilt = restore_drill(evidence, target, open_empty, live.size, lambda *one: seen.append(one))
+    done, rebuilt = restore_drill(evidence, target, open_empty, live, lambda *one: seen.append(one))
     assert {stage for stage, _, _ in seen} == {"log", "recover", "clickhouse", "compare"}
     assert all(0 <= step <= total for _, step, total in seen)
     return done, rebuilt, differences(live, rebuilt)
@@ -129,7 +132,7 @@ def test_events_that_wait_are_counted_and_are_no_difference(platform: Platform, 
 def test_a_log_that_has_grown_meanwhile_is_compared_as_it_was(platform: Platform, tmp_path: Path) -> None:
     live = live_figures(platform)
     platform.flush()
-    _, rebuilt = restore_drill(evidence_of(platform), tmp_path / "drill", open_empty, live.size, lambda *_: None)
+    _, rebuilt = restore_drill(evidence_of(platform), tmp_path / "drill", open_empty, live, lambda *_: None)
     assert rebuilt.waiting == live.waiting
     assert differences(live, rebuilt) == []
 
@@ -152,8 +155,8 @@ ONE_ROW = "WHERE event_id = (SELECT min(event_id) FROM usage_events WHERE batch_
 
 def test_what_differs_is_named(platform: Platform, tmp_path: Path) -> None:
     """One alteration of the live state after the other; what was altered before stays named, and nothing else is."""
-    size = live_figures(platform).size
-    _, rebuilt = restore_drill(evidence_of(platform), tmp_path / "drill", open_empty, size, lambda *_: None)
+    live = live_figures(platform)
+    _, rebuilt = restore_drill(evidence_of(platform), tmp_path / "drill", open_empty, live, lambda *_: None)
     named: set[tuple[str, str]] = set()
     first, second = iso(START_US), iso(NEXT_US)
     for alter, store, where in (
@@ -182,7 +185,7 @@ def test_a_folder_that_is_there_is_left_alone(platform: Platform, tmp_path: Path
     state = platform.settings.state_dir
     before = (state / "platform.db").read_bytes()
     with pytest.raises(UsageError, match="cannot be made"):
-        restore_drill(evidence_of(platform), state, open_empty, 1, lambda *_: None)
+        restore_drill(evidence_of(platform), state, open_empty, NOTHING, lambda *_: None)
     assert (state / "platform.db").read_bytes() == before
 
 
@@ -193,13 +196,13 @@ def test_evidence_that_does_not_hold_gives_no_state(platform: Platform, tmp_path
     data = path.read_bytes()
     path.write_bytes(data[:-9] + bytes(9))
     with pytest.raises(Finding):
-        restore_drill(evidence, tmp_path / "one", open_empty, 1, lambda *_: None)
+        restore_drill(evidence, tmp_path / "one", open_empty, NOTHING, lambda *_: None)
     path.unlink()
     with pytest.raises(Missing):
-        restore_drill(evidence, tmp_path / "two", open_empty, 1, lambda *_: None)
+        restore_drill(evidence, tmp_path / "two", open_empty, NOTHING, lambda *_: None)
     shutil.rmtree(platform.settings.log_dir)
     with pytest.raises(Missing):
-        restore_drill(evidence, tmp_path / "three", open_empty, 1, lambda *_: None)
+        restore_drill(evidence, tmp_path / "three", open_empty, NOTHING, lambda *_: None)
 
 
 def test_the_rebuilt_database_is_a_platforms(platform: Platform, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from render_platform.database import (
 from render_platform.gateway.catalogue import Catalogue, ModelSpec
 from render_platform.gateway.jobs import FINISHED, Job, Request
 from render_platform.gateway.store import UNFINISHED
+from render_platform.outbox import located
 
 LEASE_US = 15 * US_PER_SECOND
 PAGE = 100
@@ -96,6 +97,11 @@ class Archive:
             found = connection.execute(query).scalar()
         return None if found is None else str(found)
 
+    def pruned_owner(self, job_id: uuid.UUID) -> str | None:
+        """Whose job it was, where its row is no longer kept and its receipt still is; else None."""
+        with self._database.read() as connection:
+            return next((str(one.customer_ref) for one in located(connection, (), [job_id.bytes])), None)
+
     def output(self, job_id: uuid.UUID) -> tuple[bytes, str] | None:
         """The job's output and its content type, while it is kept."""
         query = sa.select(job_outputs.c.output, job_outputs.c.content_type).where(
@@ -107,7 +113,7 @@ class Archive:
 
 
 def counts(database: Database) -> dict[str, int]:
-    """Jobs by state: `accepted` is all of them."""
+    """Jobs whose rows are kept, by state: `accepted` is all of them."""
     with database.read() as connection:
         rows = connection.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
     found: dict[str, int] = {row[0]: row[1] for row in rows}

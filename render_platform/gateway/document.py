@@ -153,7 +153,7 @@ def _refusals(operation: Operation, method: str, path: str) -> Iterator[int]:
         yield from (400, 413, 415, 422)
     if path == "/api/v1/events":
         yield 409
-    if path == "/jobs/{job_id}/output":
+    if "{job_id}" in path and path != RECEIPT:
         yield 410
     if method == "post" and path in SUBMISSIONS:
         yield from (400, 402, 404, 410, 499, 502, 504)

@@ -25,7 +25,7 @@ from render_platform import tiles
 from render_platform.canonical import digest_of
 from render_platform.cas import path_of
 from render_platform.clock import hour_of, iso, time_us
-from render_platform.database import Database, jobs, log_entries, log_head, usage_events
+from render_platform.database import Database, jobs, log_entries, log_head
 from render_platform.entries import TYPES, parse
 from render_platform.errors import Finding, Missing, RecordError, Unavailable, UsageError
 from render_platform.gateway.edge import AnyConnection, AnyRequest, admit, caller_of, gateway_of, identify, require
@@ -34,6 +34,7 @@ from render_platform.gateway.problems import NotFound, RateLimited
 from render_platform.gateway.service import Gateway
 from render_platform.note import Checkpoint
 from render_platform.objects import ObjectStore
+from render_platform.outbox import located
 from render_platform.receipts import NotPublished, UnknownEvent
 
 AT_ONCE = 4
@@ -334,10 +335,8 @@ def _owns(gateway: Gateway, caller: Principal, job_id: uuid.UUID) -> bool:
     """Whether the job is the caller's: one of the gateway's, or one that was reported to it."""
     ref = gateway.archive.ref_of(*caller.key)
     with gateway.database.read() as connection:
-        owners = [
-            connection.execute(sa.select(table.c.customer_ref).filter_by(job_id=job_id.bytes)).scalar()
-            for table in (jobs, usage_events)
-        ]
+        owner = connection.execute(sa.select(jobs.c.customer_ref).filter_by(job_id=job_id.bytes)).scalar()
+        owners = [owner, *(event.customer_ref for event in located(connection, (), [job_id.bytes]))]
     return ref is not None and ref in owners
 
 

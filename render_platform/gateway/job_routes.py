@@ -125,8 +125,8 @@ async def repeated(request: AnyRequest, job_id: uuid.UUID) -> Response[Any]:
     """The first result of a job that was asked for again, or that ended while its client waited."""
     archive = gateway_of(request).archive
     row = await asyncio.to_thread(archive.read, job_id)
-    if row is None:
-        raise NotFound("there is no such job")
+    if row is None:  # the key outlives the job's row
+        raise _pruned(job_id)
     if row["state"] not in FINISHED:
         return Response(view_of_row(row), status_code=202, headers={"Location": f"/jobs/{job_id}"})
     output = await asyncio.to_thread(archive.output, job_id)
@@ -245,9 +245,15 @@ async def _view(request: AnyRequest, job_id: uuid.UUID) -> JobView:
         return view_of(job, gateway.engine)
     ref = await asyncio.to_thread(gateway.archive.ref_of, *caller.key)
     row = await asyncio.to_thread(gateway.archive.read, job_id)
+    if row is None and ref is not None and await asyncio.to_thread(gateway.archive.pruned_owner, job_id) == ref:
+        raise _pruned(job_id)
     if row is None or row["customer_ref"] != ref:
         raise NotFound("there is no such job")
     return view_of_row(row)
+
+
+def _pruned(job_id: uuid.UUID) -> Refused:
+    return Refused(410, "job_gone", "The job's record is no longer kept", f"its receipt is at /jobs/{job_id}/receipt")
 
 
 @get("/jobs/{job_id:uuid}/events", media_type="text/event-stream")

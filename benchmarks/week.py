@@ -9,7 +9,8 @@ path, flush each minute, reconciliation of the current hour each five, in one pr
 things are compressed. A flush a minute stands for the two or three that the backlog's sensor asks for. And of the runs
 and reports that Dagster would record, about `--runs` a day are real; the rest are the same library calls without one.
 The figures say what a run takes, how far housekeeping holds the total, and what that makes at the true number of runs.
-Each midnight housekeeping deletes what is older than `--retention` days, by the time at which that day began.
+Each midnight housekeeping deletes what is older than `--retention` days (of SQL: at least two): from Dagster's storage
+by the time at which that day began, from SQL by the injected clock. Partial tiles go at once.
 Exit codes: 0 measured, 1 a finding (an hour that is not reconciled, an event lost).
 """
 
@@ -43,7 +44,9 @@ from render_platform.errors import Finding, PlatformError
 from render_platform.events import Totals, UsageEvent, plain_rows, table_from_events
 from render_platform.fast_path import FastPath
 from render_platform.gateway.reporter import report_metadata
+from render_platform.outbox import LIVE
 from render_platform.pipeline import Platform, open_platform
+from render_platform.tiles import PARTIALS_KEPT_US, prune_partials
 from resources.local import LocalDagster
 from sensors.housekeeping import prune
 
@@ -51,7 +54,6 @@ BEGIN, END = "<!-- week -->", "<!-- /week -->"
 DOCUMENT = CHECKOUT / "docs" / "benchmarks.md"
 PACKAGES = ("dagster", "duckdb", "chdb", "pyarrow", "sqlalchemy")
 FIRST_US = time_us("2024-01-01T00:00:00Z")
-LANE = "trace/week"
 MINUTE_US = 60 * US_PER_SECOND
 RECONCILE_MINUTES = 5
 RUNS_A_DAY = 24 * 60 * 3 + 24 * 12
@@ -97,7 +99,7 @@ class Week:
         self._midnights: list[datetime] = []
         self.events = 0
         with platform.database.write() as connection:
-            platform.outbox.open_lane(connection, LANE, FIRST_US)
+            platform.outbox.open_lane(connection, LIVE, FIRST_US)
 
     def close(self) -> None:
         self._instance.dispose()
@@ -118,7 +120,16 @@ class Week:
                 self._report(minute_us)
         if number >= retention_days:
             prune(self._instance, self._midnights[number - retention_days + 1])
+        self._platform.prune()
+        self._prune_partials()
         return self._measure()
+
+    def _prune_partials(self) -> None:
+        """As if a day had gone by since: files are as old as the machine's clock says."""
+        checkpoint = self._platform.log.published()
+        if checkpoint is not None:
+            tomorrow = ManualClock(SystemClock().now_us() + PARTIALS_KEPT_US)
+            prune_partials(self._platform.log_objects, checkpoint.size, tomorrow)
 
     def _record(self, minute_us: int) -> None:
         """The minute's jobs, evenly, and one after the other on the table's devices."""
@@ -126,7 +137,7 @@ class Week:
         made = [UsageEvent.recorded(row) for row in rows]
         moved = [_moved(event, minute_us + place * MINUTE_US // self._rate) for place, event in enumerate(made)]
         with self._platform.database.write() as connection:
-            recorded = self._platform.outbox.record(connection, LANE, moved)
+            recorded = self._platform.outbox.record(connection, LIVE, moved)
         self._fast.publish(table_from_events(recorded))
         self.events += len(recorded)
 
@@ -174,11 +185,8 @@ class Week:
         return int(pages) * int(size)
 
     def finish(self) -> None:
-        """The lane ends, the last hours are reported; Finding where an event or a verdict is missing."""
-        end_us = self._clock.now_us()
-        with self._platform.database.write() as connection:
-            deadline_us = self._settings.fast_path_deadline_s * US_PER_SECOND
-            self._platform.outbox.finish_lane(connection, LANE, end_us + deadline_us)
+        """The last hours are reported; Finding where an event or a verdict is missing."""
+        self._clock.move_to(self._clock.now_us() + self._settings.fast_path_deadline_s * US_PER_SECOND)
         self._platform.flush()
         for hour in self._platform.hours.due():
             self._platform.reconcile(hour)
@@ -194,7 +202,7 @@ def run(days: int, rate: int, runs: int, retention_days: int, folder: Path, seed
     """Everything, in `folder`."""
     measured_at = iso(SystemClock().now_us() // US_PER_SECOND * US_PER_SECOND)
     described = describe_machine(folder)
-    settings = load_settings(environ={}, state_dir=folder / "state")
+    settings = load_settings(environ={}, state_dir=folder / "state", outbox_retention_days=max(2, retention_days))
     with timed() as wall, _week(settings, rate, seed) as week:
         found = []
         for number in range(days):
@@ -247,7 +255,7 @@ def _rss() -> int:
 def render(report: Report) -> str:
     """The Markdown of a report."""
     kept = report.run_bytes * RUNS_A_DAY
-    per_event = _per_event(report.days)
+    per_event = _per_event(report.days[max(2, report.retention_days) :])
     lines = [
         f"Measured {report.measured_at}: {len(report.days)} simulated days of {report.rate} jobs a minute, in "
         f"{report.wall_us / 60e6:,.1f} minutes, in one process that holds the embedded ClickHouse and Dagster too. "
@@ -257,7 +265,8 @@ def render(report: Report) -> str:
         f"A run takes {report.run_bytes / 1e3:,.0f} KB of Dagster's storage until housekeeping deletes it, files and "
         f"all. `make up` under load makes about {RUNS_A_DAY:,} runs a day, {kept / 1e9:,.1f} GB, and holds "
         f"`dagster_retention_days` of them: {kept * 7 / 1e9:,.1f} GB at 7, {kept * 30 / 1e9:,.0f} GB at 30. The "
-        f"database keeps {per_event:,} bytes an event: what was billed is never pruned.",
+        f"database keeps the rows of {max(2, report.retention_days)} days, and grows by {per_event:,} bytes an event "
+        "after that: where each event is, and the log.",
         "Machine:\n\n" + "\n".join(f"- {name}: {value}" for name, value in report.machine.items()),
         "Versions:\n\n- " + ", ".join(f"{name} {value}" for name, value in report.versions.items()),
     ]
@@ -265,8 +274,8 @@ def render(report: Report) -> str:
 
 
 def _per_event(days: Sequence[Day]) -> int:
-    """Bytes by which the database grew with each event, from the second day on: the first has its tables."""
-    events = days[-1].events - days[0].events
+    """Bytes by which the database grew with each event over these days; 0 where that is not known."""
+    events = days[-1].events - days[0].events if days else 0
     return (days[-1].database_bytes - days[0].database_bytes) // events if events else 0
 
 

@@ -256,7 +256,7 @@ class AuditLog:
         level, inside = divmod(height, 8)
         tile, at = divmod(start >> 8 * level, tiles.TILE_WIDTH)
         width = min(tiles.TILE_WIDTH, (size >> 8 * level) - tile * tiles.TILE_WIDTH)
-        data = self._objects.read(tiles.tile_path(level, tile, width))
+        data = tiles.read_tile(self._objects.read, tiles.tile_path(level, tile, width))
         return merkle.root([data[n * 32 : n * 32 + 32] for n in range(at, at + (1 << inside))])
 
     def _key_entries(self) -> list[tuple[int, bytes]]:

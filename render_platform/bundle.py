@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,11 +29,10 @@ from render_platform.evidence import BlobCheck, Evidence, Logged, Progress, Veri
 from render_platform.note import Checkpoint, Signer, Verifier, open_note, read_checkpoint, sign_note
 from render_platform.objects import ObjectStore, sync_folder
 from render_platform.outbox import LIVE
-from render_platform.tiles import TILE_WIDTH
 
 README, KEYS, CHECKPOINT, PROOF = "README.txt", "keys.txt", "checkpoint", "proof"
 MANIFEST, SIGNATURE = "manifest.json", "manifest.note"
-CONTEXT, VERSION, _BLOCK = "render-platform.dev/bundle/v1", 1, 512
+CONTEXT, VERSION, _BLOCK, TILE_WIDTH = "render-platform.dev/bundle/v1", 1, 512, tiles.TILE_WIDTH
 MAX_MEMBERS, MAX_MEMBER_BYTES, MAX_HOURS = 200_000, 1 << 28, 10 * 366 * 24
 _CLAIMS = ("version", "start_us", "end_us", "first_entry", "end_entry", "doubts")
 _README = b"""Evidence of GPU usage in a range of hours: a part of an audit log (checkpoint, proof, tile/), and what its
@@ -229,7 +229,7 @@ def make_bundle(
     """
     if not _are_hours(hours.start, hours.stop):
         raise UsageError("the range is not whole hours, or more than ten years", "give the begins of two hours")
-    log, note = evidence.log.read, evidence.log.read("checkpoint")
+    log, note = partial(tiles.read_tile, evidence.log.read), evidence.log.read("checkpoint")
     size = read_checkpoint(note, evidence.log_keys).size
     cut = range(size) if whole_log else _find_cut(log, size, hours, progress)
     coverage, blobs, proof = _Coverage(hours, cut, size), dict[str, str](), bytearray()

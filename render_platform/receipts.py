@@ -191,14 +191,11 @@ class _PublishedLog:
         return merkle.root([data[i : i + merkle.HASH_BYTES] for i in range(0, len(data), merkle.HASH_BYTES)])
 
     def _tile(self, level: int | None, index: int) -> bytes:
-        """The bytes of a tile as of `size`. A partial one may be gone once the full one stands: it begins the same."""
+        """The bytes of a tile as of `size`."""
         whole = tiles.path_of((level, index, tiles.TILE_WIDTH))
         if whole not in self._read:
             width = min(tiles.TILE_WIDTH, (self.size >> 8 * (level or 0)) - index * tiles.TILE_WIDTH)
-            try:
-                self._read[whole] = self._objects.read(tiles.path_of((level, index, width)))
-            except Missing:
-                self._read[whole] = self._objects.read(whole)
+            self._read[whole] = tiles.read_tile(self._objects.read, tiles.path_of((level, index, width)))
         return self._read[whole]
 
 

@@ -84,7 +84,7 @@ def read_published(objects: ObjectStore, keys: Sequence[Verifier], progress: Pro
     for tile in tiles.tiles_of(checkpoint.size):
         (level, at, width), path = tile, tiles.path_of(tile)
         hashes = tiles.tile_hashes(level, at, width, lambda a, b: log.leaves[a:b]) if level is not None else b""
-        if level is not None and objects.read(path) != hashes:
+        if level is not None and tiles.read_tile(objects.read, path) != hashes:
             raise Finding(f"log/{path} does not hold what the checkpoint covers", _VERIFY)
     return log
 
@@ -94,7 +94,7 @@ def _read_entries(objects: ObjectStore, size: int, start: int = 0) -> Iterator[t
     for first in range(start - start % tiles.TILE_WIDTH, size, tiles.TILE_WIDTH):
         width = min(tiles.TILE_WIDTH, size - first)
         path = tiles.entries_path(first // tiles.TILE_WIDTH, width)
-        found = tiles.decode_bundle(objects.read(path))
+        found = tiles.decode_bundle(tiles.read_tile(objects.read, path))
         if len(found) != width:
             raise Finding(f"log/{path} holds {len(found)} entries instead of {width}", _VERIFY)
         yield from ((index, data) for index, data in enumerate(found, first) if index >= start)

@@ -1,21 +1,30 @@
 """The files of a log by C2SP tlog-tiles: their names, and which a tree of some size has.
 
 A tile is (level, index, width): `width` hashes of level 8 * level of the tree, 256 in a full one; level None
-is the bundle of the entries under the tile of level 0. Tiles never change: a tree that grows adds files.
+is the bundle of the entries under the tile of level 0. Tiles never change: a tree that grows adds files. A partial
+tile may go once the full one stands, which begins with it: `prune_partials` deletes it, and `read_tile` does without.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
 
 from render_platform import merkle
-from render_platform.errors import Finding, UsageError
+from render_platform.clock import DAY_US, Clock
+from render_platform.errors import Finding, Missing, UsageError
+from render_platform.objects import ObjectStore
 
 TILE_WIDTH = 256
 MAX_LEVEL = 63
 MAX_INDEX = (1 << 63) - 1
 MAX_ENTRY_BYTES = 65_535
+PARTIALS_KEPT_US = DAY_US
+"""So long partial tiles stay beside the full one, for whoever is at work under a checkpoint from before it."""
+_LISTED = 3
 _PATH = re.compile(r"tile/(entries|[0-9]{1,2})/((?:x[0-9]{3}/){0,6}[0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?")
 
 Tile = tuple[int | None, int, int]
@@ -97,6 +106,108 @@ def tile_hashes(level: int, index: int, width: int, leaves: Callable[[int, int],
     if level == 0:
         return b"".join(_all(first, first + width, leaves))
     return b"".join(merkle.root(_all(at * span, (at + 1) * span, leaves)) for at in range(first, first + width))
+
+
+def needed_size(tile: Tile) -> int:
+    """The size of the smallest tree that has this tile."""
+    level, index, width = tile
+    return int((index * TILE_WIDTH + width) * TILE_WIDTH ** (level or 0))
+
+
+def is_superseded(tile: Tile, size: int) -> bool:
+    """Whether it is a partial tile, and a tree of `size` has the full one: then nobody needs it."""
+    level, index, width = tile
+    return width < TILE_WIDTH and needed_size((level, index, TILE_WIDTH)) <= size
+
+
+def read_tile(read: Callable[[str], bytes], path: str) -> bytes:
+    """What `read` gives for the path of a tile; for a partial one that is gone, what the full one begins with.
+
+    Missing, of `path`, where neither stands; Finding where the full one is not whole.
+    """
+    try:
+        return read(path)
+    except Missing as error:
+        gone = error
+    level, index, width = parse_path(path) or (None, 0, TILE_WIDTH)
+    if width < TILE_WIDTH:
+        with suppress(Missing):
+            return _beginning(read(path_of((level, index, TILE_WIDTH))), level, width)
+    raise gone
+
+
+@dataclass(slots=True)
+class Pruned:
+    """What `prune_partials` did: files and bytes deleted, and files that the store did not let go of."""
+
+    deleted: int = 0
+    bytes: int = 0
+    spared: int = 0
+
+
+def prune_partials(objects: ObjectStore, size: int, clock: Clock) -> Pruned:
+    """Delete the partial tiles that full ones have superseded in the log whose published checkpoint has `size`.
+
+    A partial one goes only where its full one belongs to that tree, was written PARTIALS_KEPT_US ago by `clock` (the
+    machine's), reads back whole, and begins with the partial one's very bytes. Else it stays: it may be all that is
+    left of the truth. Once all others have been looked at, a Finding names it. Harmless to repeat, and for several at
+    once. Lists all tiles: two names for 256 entries, and what is published in a day; reads what it deletes, and as many
+    full ones. One full and one partial tile are in memory.
+    """
+    before_us = clock.now_us() - PARTIALS_KEPT_US
+    done, wrong = Pruned(), list[str]()
+    found = (parse_path(path) for path in objects.names("tile/"))
+    superseded = (tile for tile in found if tile is not None and is_superseded(tile, size))
+    for (level, index), partials in groupby(superseded, lambda tile: tile[:2]):  # names are sorted
+        wrong += _prune_tile(objects, (level, index, TILE_WIDTH), partials, before_us, done)
+    if wrong:
+        raise Finding(
+            f"{', '.join(f'log/{path}' for path in wrong[:_LISTED])}: the full tile is missing, or does not begin with "
+            f"what stands here; {len(wrong)} such partial tiles were kept",
+            "run `render-platform verify`; restore what is wrong from a copy",
+        )
+    return done
+
+
+def _prune_tile(
+    objects: ObjectStore, full: Tile, partials: Iterable[Tile], before_us: int, done: Pruned
+) -> Iterator[str]:
+    """Delete the partial tiles of one full one; gives the paths of those that it does not begin with."""
+    try:
+        if objects.stat(path_of(full)).modified_us > before_us:
+            return
+        data = objects.read(path_of(full))
+    except Missing:
+        data = b""
+    for tile in partials:
+        path = path_of(tile)
+        try:
+            seen = objects.stat(path)  # before it is read: what is written after this is not deleted
+            if objects.read(path) != _beginning(data, tile[0], tile[2]):
+                yield path
+                continue
+        except Missing:
+            continue  # another call has deleted it
+        except Finding:
+            yield path
+            continue
+        # A crash after this: one partial tile less, which nobody needs. The repeat goes on with the others.
+        if objects.delete(path, seen):
+            done.deleted, done.bytes = done.deleted + 1, done.bytes + seen.size
+        else:
+            done.spared += 1
+
+
+def _beginning(full: bytes, level: int | None, width: int) -> bytes:
+    """The partial tile of `width` that a full one holds; Finding where `full` is not a full one."""
+    if level is None:
+        entries = decode_bundle(full)
+        whole, data = len(entries) == TILE_WIDTH, encode_bundle(entries[:width])
+    else:
+        whole, data = len(full) == TILE_WIDTH * merkle.HASH_BYTES, full[: width * merkle.HASH_BYTES]
+    if not whole:
+        raise Finding("a full tile does not hold 256 hashes or entries", "run `render-platform verify`")
+    return data
 
 
 def _all(start: int, end: int, leaves: Callable[[int, int], Sequence[bytes]]) -> Sequence[bytes]:

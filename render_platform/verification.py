@@ -153,7 +153,7 @@ class _LogCheck:
 
     def _tile(self, index: int, width: int) -> list[bytes]:
         try:
-            data = self._log.read(tiles.tile_path(0, index, width))
+            data = tiles.read_tile(self._log.read, tiles.tile_path(0, index, width))
         except (Finding, Missing):
             return [b""] * width
         return [data[start : start + 32] for start in range(0, width * 32, 32)]
@@ -174,7 +174,7 @@ class _LogCheck:
             )
 
     def _check_files(self, leaves: Sequence[bytes | None], hashes: Sequence[bytes]) -> None:
-        """Every file of the log is one that the leaves give, and every one that was published stands."""
+        """Every file of the log is one that the leaves give, and every one that has to stand does."""
         standing = {name for name in self._log.names() if name != "checkpoint"}
         paths = self._required()
         for path in sorted(paths.keys() - standing - self._bad.keys()):
@@ -188,7 +188,7 @@ class _LogCheck:
             tile = paths.get(path) or tiles.parse_path(path)
             if tile is None:
                 self._outcome.add(f"log/{path}", "is not a file of a log", None, "nothing: no entry stands in it")
-            elif _end(tile) > self._size:
+            elif tiles.needed_size(tile) > self._size:
                 self._outcome.note(f"log/{path} is beyond the checkpoint, which does not cover it")
             elif path in read_before:
                 start = tile[1] * tiles.TILE_WIDTH
@@ -203,14 +203,17 @@ class _LogCheck:
         self._progress("tiles", len(to_read), len(to_read))
 
     def _required(self) -> dict[str, tiles.Tile]:
-        """The files of every tree that was published, as far as this one holds it."""
+        """The files of every tree that was published, as far as it holds it; no partial tile that it has full."""
         sizes = [0, *sorted({self._size, *(c.size for c in self._history if c.size <= self._size)})]
-        return {tiles.path_of(tile): tile for old, new in pairwise(sizes) for tile in tiles.new_tiles(old, new)}
+        made = (tile for old, new in pairwise(sizes) for tile in tiles.new_tiles(old, new))
+        return {tiles.path_of(tile): tile for tile in made if not tiles.is_superseded(tile, self._size)}
 
     def _check_file(
         self, read: Read, tile: tiles.Tile, leaves: Sequence[bytes | None], levels: Sequence[Sequence[bytes]]
     ) -> None:
         level, index, width = tile
+        if isinstance(read.error, Missing) and tiles.is_superseded(tile, self._size):
+            return  # deleted since it was listed
         own = slice(index * tiles.TILE_WIDTH, index * tiles.TILE_WIDTH + width)
         try:
             if read.error is not None:
@@ -392,9 +395,3 @@ def _roots_at(hashes: Sequence[bytes], sizes: Collection[int]) -> dict[int, byte
         if index + 1 in sizes:
             found[index + 1] = merkle.Peaks(index + 1, tuple(peaks)).root()
     return found
-
-
-def _end(tile: tiles.Tile) -> int:
-    """The number of leaves that a tree has at least, when it has this tile."""
-    level, index, width = tile
-    return int((index * tiles.TILE_WIDTH + width) * tiles.TILE_WIDTH ** (level or 0))

@@ -1,6 +1,7 @@
 """Keeps storage bounded: once a day, what is old goes.
 
-Of SQL: live events that are published, and their jobs, after `outbox_retention_days`; see `Outbox.prune`.
+Of SQL: live events that are published, and their jobs, after `outbox_retention_days`; see `Outbox.prune`. Of the log:
+the partial tiles that full ones have superseded, after a day; see `tiles.prune_partials`.
 
 Of Dagster's own storage: runs, reports and ticks after `dagster_retention_days`. Two exceptions stay for good, because
 partition status, the last materialization and the last verdict of a check are read from them:
@@ -10,10 +11,11 @@ partition status, the last materialization and the last verdict of a check are r
 - of the materializations that were reported without a run (`gpu_jobs`), the newest.
 
 What is deleted makes room in SQLite's files for what comes; the files themselves stay as large as they once were. They
-are not written anew (VACUUM): that would hold up every run. The evidence is elsewhere, and is never touched.
+are not written anew (VACUUM): that would hold up every run. No evidence is lost by any of it.
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +34,8 @@ from dagster._core.storage.event_log.schema import (
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 
+from render_platform.clock import SystemClock
+from render_platform.tiles import prune_partials
 from resources.platform import PlatformResource
 
 MAX_RUNS = 10_000
@@ -65,14 +69,24 @@ def prune_outbox(context: dg.OpExecutionContext, platform: PlatformResource) -> 
         context.add_output_metadata({"events": open_platform.prune()})
 
 
+@dg.op(description="Deletes the log's partial tiles a day after the full ones: those begin with them.")
+def prune_partial_tiles(context: dg.OpExecutionContext, platform: PlatformResource) -> None:
+    with platform.open() as open_platform:
+        checkpoint = open_platform.log.published()
+        if checkpoint is not None:
+            done = prune_partials(open_platform.log_objects, checkpoint.size, SystemClock())  # stores have their own
+            context.add_output_metadata(asdict(done))
+
+
 @dg.job(
     executor_def=dg.in_process_executor,
     tags={"dagster/priority": "-10"},
-    description="Delete what is old from SQL and from Dagster's storage. Safe to launch at any time.",
+    description="Delete what is old from SQL, the log's files and Dagster's storage. Safe to launch at any time.",
 )
 def housekeeping() -> None:
     prune_event_log()
     prune_outbox()
+    prune_partial_tiles()
 
 
 housekeeping_daily = dg.ScheduleDefinition(

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from render_platform import merkle, tiles
-from render_platform.errors import Finding, UsageError
+from render_platform.clock import DAY_US, ManualClock
+from render_platform.errors import Finding, Missing, UsageError
+from render_platform.tiles import Pruned, Tile, prune_partials
+from tests.stories import MemoryObjects
 
-LEAVES = [merkle.leaf_hash(str(number).encode()) for number in range(70_000)]
+ENTRIES = [str(number).encode() for number in range(70_000)]
+LEAVES = [merkle.leaf_hash(entry) for entry in ENTRIES]
 
 indexes = st.one_of(st.integers(0, 3000), st.integers(0, tiles.MAX_INDEX))
 widths = st.integers(1, 256)
@@ -216,3 +220,105 @@ def test_every_truncation_and_trailing_bytes_are_refused() -> None:
     for trailing in (b"\0", b"\1", b"\0\1", b"\xff\xff"):
         with pytest.raises(Finding, match="ends inside"):
             tiles.decode_bundle(data + trailing)
+
+
+# Partial tiles, and what is read and deleted of them.
+
+NOW = ManualClock(DAY_US)
+"""Objects in memory are of 1970, and by this clock a day old."""
+
+
+def bytes_of(tile: Tile) -> bytes:
+    level, index, width = tile
+    if level is None:
+        return tiles.encode_bundle(ENTRIES[index * 256 : index * 256 + width])
+    return tiles.tile_hashes(level, index, width, lambda start, end: LEAVES[start:end])
+
+
+def log_of(*sizes: int) -> MemoryObjects:
+    """The tiles of a log that was published at these sizes."""
+    made, before = MemoryObjects(), 0
+    for size in sizes:
+        for tile in tiles.new_tiles(before, size):
+            made.create(tiles.path_of(tile), bytes_of(tile))
+        before = size
+    return made
+
+
+def partials_of(level: int | None, index: int, *widths: int) -> set[str]:
+    return {tiles.path_of((level, index, width)) for width in widths}
+
+
+def test_partial_tiles_go_where_the_full_one_is_published() -> None:
+    log = log_of(3, 200, 300, 500, 600)
+    before = set(log.files)
+    assert prune_partials(log, 499, NOW) == Pruned(4, 203 * 32 + len(bytes_of((None, 0, 3)) + bytes_of((None, 0, 200))))
+    assert before - set(log.files) == partials_of(0, 0, 3, 200) | partials_of(None, 0, 3, 200)
+    assert prune_partials(log, 511, NOW).deleted == 0
+    assert prune_partials(log, 512, NOW).deleted == 4
+    standing = {path for path in log.files if ".p/" in path}
+    assert standing == partials_of(0, 2, 88) | partials_of(None, 2, 88) | partials_of(1, 0, 1, 2)
+    assert prune_partials(log, 600, NOW) == Pruned()
+
+
+def test_those_of_higher_levels_go_too() -> None:
+    log = log_of(300, 65_000, 65_535, 65_536, 70_000)
+    assert set(log.files) >= partials_of(1, 0, 1, 253, 255) | partials_of(2, 0, 1)
+    assert prune_partials(log, 65_535, NOW).deleted == 4
+    assert set(log.files) >= partials_of(1, 0, 1, 253, 255)
+    assert prune_partials(log, 70_000, NOW).deleted == 2 + 3
+    assert set(log.files) == {tiles.path_of(tile) for tile in tiles.tiles_of(70_000)}
+
+
+@settings(max_examples=60)
+@given(
+    st.sets(st.integers(1, 1_500) | st.sampled_from([255, 256, 257, 512, 768, 1_024]), min_size=1, max_size=12),
+    st.data(),
+)
+def test_after_any_pruning_every_published_tree_is_there(published: set[int], data: st.DataObject) -> None:
+    sizes = sorted(published)
+    log, size = log_of(*sizes), data.draw(st.sampled_from(sizes))
+    before, full = set(log.files), {tiles.path_of(tile) for tile in tile_set(size) if tile[2] == 256}
+    prune_partials(log, size, NOW)
+    assert before - set(log.files) == {path for path in before if ".p/" in path and path.split(".p/")[0] in full}
+    assert {tiles.path_of(tile) for tile in tiles.tiles_of(size)} <= set(log.files)
+    for each in sizes:
+        for tile in tiles.tiles_of(each):
+            assert tiles.read_tile(log.read, tiles.path_of(tile)) == bytes_of(tile)
+
+
+def test_other_names_and_what_is_beyond_the_checkpoint_are_left() -> None:
+    log = log_of(3, 300)
+    others = {
+        "checkpoint",
+        "tile/0/000.p/999",
+        "tile/0/000.p/03",
+        "tile/0/000.p/x",
+        "tile/data/000.p/3",
+        "note/000.p/3",
+    }
+    log.files.update(dict.fromkeys(others, b"mine"))
+    before = set(log.files)
+    assert prune_partials(log, 255, NOW).deleted == 0
+    assert prune_partials(log, 300, NOW).deleted == 2
+    assert set(log.files) == before - partials_of(0, 0, 3) - partials_of(None, 0, 3)
+
+
+def test_a_day_long_they_stay_beside_the_full_one() -> None:
+    """Whoever read the checkpoint before it finds what he needs."""
+    log = log_of(3, 300)
+    assert prune_partials(log, 300, ManualClock(DAY_US - 1)).deleted == 0
+    assert prune_partials(log, 300, ManualClock(DAY_US)).deleted == 2
+
+
+def test_a_tile_is_read_from_the_full_one_where_the_partial_one_is_gone() -> None:
+    log = log_of(300)
+    for tile in ((0, 0, 7), (None, 0, 7), (0, 0, 256)):
+        assert tiles.read_tile(log.read, tiles.path_of(tile)) == bytes_of(tile)
+    for path in ("tile/0/001.p/45", "tile/0/001", "tile/0/000.p/07", "checkpoint"):
+        with pytest.raises(Missing, match=f"^{path}: missing"):
+            tiles.read_tile(log.read, path)
+    for path, cut in (("tile/0/000", 32), ("tile/entries/000", len(ENTRIES[255]) + 2)):
+        log.files[path] = log.files[path][:-cut]
+        with pytest.raises(Finding, match="full tile"):
+            tiles.read_tile(log.read, f"{path}.p/7")

@@ -279,12 +279,13 @@ async def show_tile(request: AnyRequest, tile: FromPath[str]) -> Response[Any]: 
 
 
 def tile_of(log: ObjectStore, tile: tiles.Tile) -> bytes:
-    """A tile's bytes. Missing where the published checkpoint does not cover it; Finding where it is not whole."""
-    level, index, width = tile
+    """A tile's bytes, for a partial one that is gone out of the full one. Missing where the published checkpoint does
+    not cover it; Finding where it is not whole."""
+    level, _, width = tile
     path = tiles.path_of(tile)
-    if index * tiles.TILE_WIDTH + width > published_size(log) >> (8 * (level or 0)):
+    if tiles.needed_size(tile) > published_size(log):
         raise Missing(path)
-    data = log.read(path)
+    data = tiles.read_tile(log.read, path)
     whole = len(tiles.decode_bundle(data)) == width if level is None else len(data) == width * 32
     if not whole:
         raise Finding(f"log/{path}: does not hold what its name says", "restore it from a copy; do not edit evidence")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import dagster as dg
 import pyarrow as pa
@@ -70,8 +70,10 @@ def repair_columns() -> dg.TableSchema:
 
 
 def fields_of(record: type) -> dg.TableSchema:
-    """The fields of a frozen record."""
-    found = ((field.name, str(field.type)) for field in dataclasses.fields(record))
+    """The fields of a frozen record; a type that is bounded is shown as what it bounds."""
+    known = get_type_hints(record)
+    kinds = {name: kind.__name__ for name, kind in known.items() if isinstance(kind, type)}
+    found = ((field.name, kinds.get(field.name, str(field.type))) for field in dataclasses.fields(record))
     return columns(*((name, kind.removesuffix(" | None"), kind.endswith(" | None")) for name, kind in found))
 
 

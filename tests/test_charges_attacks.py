@@ -17,7 +17,7 @@ from render_platform.charges.chain import batches_named, connected, month_bounds
 from render_platform.charges.charging import Charging
 from render_platform.charges.price_book import UNITS, PriceBook, parse_price_book
 from render_platform.charges.rating import build_day
-from render_platform.charges.records import DayCharges
+from render_platform.charges.records import DayCharges, parse_invoice
 from render_platform.charges.spend import Budget, Budgets, SkuSpend, Spend, Spending
 from render_platform.clickhouse import ClickHouse
 from render_platform.clock import HOUR_US
@@ -72,7 +72,8 @@ def rated(platform: Platform, day_us: int, batches: bool = True) -> DayCharges:
     found = charging._batches(DAY) if batches else []
     with connected() as connection:
         usage = read_usage(platform.slow, found, BOOK, connection)
-    return build_day(day_us, BOOK, batches_named(found), usage, charging.month(MONTH).state)
+    month = charging.month(MONTH)
+    return build_day(day_us, BOOK, batches_named(found), usage, month.state, month.day(day_us, platform.cas))
 
 
 def dearer(version: int) -> PriceBook:
@@ -198,6 +199,23 @@ def test_a_correction_without_an_amount_leaves_nothing_to_invoice(platform: Plat
     assert charging.owes(MONTH)
     charging.invoice(MONTH)
     assert not charging.owes(MONTH)
+
+
+def test_an_invoice_that_leaves_out_a_record_is_found(platform: Platform) -> None:
+    charging = Charging(platform, BOOK)
+    for day in (DAY, SECOND):
+        charging.charge(day)
+    finish(platform, "live")
+    platform.clock.move_to(month_bounds(MONTH)[1] + HOUR_US)  # type: ignore[attr-defined]
+    put = platform.cas.put
+
+    def less(data: bytes) -> bytes:
+        invoice = parse_invoice(data)
+        return replace(invoice, charges=invoice.charges[:1]).to_bytes()
+
+    setattr(platform.cas, "put", lambda data: put(less(data) if b'"kind":"invoice"' in data else data))  # noqa: B010
+    charging.invoice(MONTH)
+    assert charging.check(MONTH) == [f"invoice {MONTH}/1: it does not cover the records before it"]
 
 
 class Rows:

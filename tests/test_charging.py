@@ -15,7 +15,7 @@ from render_platform.charges.charging import Charging
 from render_platform.charges.price_book import load_price_book, parse_price_book
 from render_platform.cli import main
 from render_platform.clock import DAY_US, HOUR_US, ManualClock, time_us
-from render_platform.errors import Unavailable, UsageError
+from render_platform.errors import Finding, Unavailable, UsageError
 from render_platform.evidence import Verification
 from render_platform.pipeline import Platform
 from tests.factories import START_US
@@ -246,17 +246,27 @@ def test_two_that_charge_at_once_keep_one_chain(state: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [(b'"issued":"', b'"issued":"1'), (b'"price":"0.0008"', b'"price":"0.0007"'), (b'"events":60', b'"events":61')],
+    ("old", "new", "problem"),
+    [
+        (b'"issued":"', b'"issued":"1', "the records issue 1"),
+        (b'"total":"', b'"total":"1', "the month's lines come to"),
+        (b'"price":"0.0008"', b'"price":"0.0007"', "is not quantity × price"),
+        (b'"events":60', b'"events":61', "does not say what its entry says"),
+    ],
 )
-def test_a_record_that_is_logged_and_wrong_is_found(state: Path, old: bytes, new: bytes) -> None:
+def test_a_record_that_is_logged_and_wrong_is_found(state: Path, old: bytes, new: bytes, problem: str) -> None:
     """A platform that logs charges which its batches and price book do not come to."""
     platform = open_at(state, CLOSED, 1)
     put = platform.cas.put
     setattr(platform.cas, "put", lambda data: put(data.replace(old, new, 1) if b"usage_charges" in data else data))  # noqa: B010
     Charging(platform, BOOK).charge(DAY)
     problems = verified(platform).problems
-    assert any(problem.where == "day/2023-11-16" for problem in problems), problems
+    assert any(one.where == "day/2023-11-16" for one in problems), problems
+    try:
+        said = Charging(platform, BOOK).check(MONTH)
+    except Finding as error:
+        said = [str(error)]
+    assert any(problem in text for text in said), said
     platform.close()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ from render_platform.canonical import digest_of
 from render_platform.charges import focus
 from render_platform.charges.chain import Logged
 from render_platform.charges.price_book import UNITS, parse_price_book
-from render_platform.charges.rating import Batches, MonthState, build_day, build_invoice
+from render_platform.charges.rating import Batches, Day, MonthState, build_day, build_invoice, day_of
 from render_platform.charges.records import DayCharges, Invoice
 from render_platform.clock import DAY_US, time_us
 from render_platform.errors import UsageError
@@ -93,14 +94,20 @@ class Ledger:
     """A month as the log would hold it: each record through the real rating, nothing else."""
 
     state: MonthState = field(default_factory=MonthState)
-    days: list[Logged[DayCharges]] = field(default_factory=list)
+    records: dict[str, DayCharges] = field(default_factory=dict)
+    days: list[Logged[Day]] = field(default_factory=list)
     invoices: list[Logged[Invoice]] = field(default_factory=list)
 
     def charge(self, day: int, rows: Sequence[dict[str, Any]], book: Any = BOOK) -> None:
-        record = build_day(DAY + day * DAY_US, book, Batches(1, 3, 4), rows, self.state)
+        former = self.latest().get(DAY + day * DAY_US)
+        record = build_day(DAY + day * DAY_US, book, Batches(1, 3, 4), rows, self.state, former)
         digest = digest_of(record.to_bytes())
-        self.days.append(Logged(record, digest, len(self.days) + len(self.invoices)))
-        self.state.add_day(digest, record)
+        self.state.add_day(digest, record, former)
+        self.days.append(Logged(day_of(record), digest, len(self.days) + len(self.invoices)))
+        self.records[digest] = record
+
+    def latest(self) -> dict[int, DayCharges]:
+        return {one.record.day_us: self.records[one.digest] for one in self.days}
 
     def invoice(self) -> None:
         made = build_invoice("2026-11", self.state)
@@ -109,8 +116,11 @@ class Ledger:
             self.invoices.append(Logged(made, digest, len(self.days) + len(self.invoices)))
             self.state.add_invoice(digest, made)
 
+    def table(self) -> pa.Table:
+        return focus.rows(self.days, self.invoices, self.records.__getitem__, "acme")
+
     def rows(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = focus.rows(self.days, self.invoices, "acme").to_pylist()
+        found: list[dict[str, Any]] = self.table().to_pylist()
         return found
 
 
@@ -247,7 +257,7 @@ def test_billed_cost_comes_to_each_invoice_exactly(made: Ledger) -> None:
 
 @given(months())
 def test_rows_count_each_event_and_amount_once(made: Ledger) -> None:
-    rows, lines = made.rows(), [line for record in made.state.latest.values() for line in record.lines]
+    rows, lines = made.rows(), [line for record in made.latest().values() for line in record.lines]
     assert sum(row["x_GpuSeconds"] for row in rows) * 10**9 == sum(line.gpu_time_ns for line in lines)
     assert sum(row["x_Joules"] or 0 for row in rows) * 1_000 == sum(line.energy_mj for line in lines)
     assert sum(row["x_Events"] for row in rows) == sum(line.events for line in lines)
@@ -300,7 +310,7 @@ def test_a_unit_is_priced_by_its_share_and_its_quantity() -> None:
 
 
 def test_csv_is_plain_text_and_parquet_is_typed(tmp_path: Path) -> None:
-    table = focus.rows(ledger(5, "01i0").days, ledger(5, "01i0").invoices, "acme")
+    table = ledger(5, "01i0").table()
     said = list(csv.DictReader(io.StringIO(focus.to_csv(table).decode(), newline="")))
     for text, row in zip(said, table.to_pylist(), strict=True):
         assert all((text[name] == "") == (value is None) for name, value in row.items())
@@ -317,7 +327,7 @@ def test_csv_is_plain_text_and_parquet_is_typed(tmp_path: Path) -> None:
 
 
 def test_no_records_are_no_rows_and_still_all_columns() -> None:
-    table = focus.rows([], [], "acme")
+    table = Ledger().table()
     assert (table.num_rows, table.schema) == (0, focus.SCHEMA)
     assert focus.to_csv(table).decode().strip() == ",".join(focus.SCHEMA.names)
 
@@ -325,10 +335,10 @@ def test_no_records_are_no_rows_and_still_all_columns() -> None:
 def test_an_amount_that_does_not_fit_is_refused_and_never_rounded() -> None:
     made = Ledger()
     made.charge(0, usage(random.Random(4), 2))
-    line = replace(made.days[0].record.lines[0], amount="0." + "1" * 25)
-    logged = replace(made.days[0], record=replace(made.days[0].record, lines=(line,)))
+    [(digest, record)] = made.records.items()
+    made.records[digest] = replace(record, lines=(replace(record.lines[0], amount="0." + "1" * 25),))
     with pytest.raises(UsageError, match="fewer decimals"):
-        focus.rows([logged], [], "acme")
+        made.table()
 
 
 # The public validator.
@@ -341,7 +351,7 @@ def test_the_public_validator_accepts_the_csv(tmp_path: Path) -> None:
     still of 0.5 and ask for names that 1.0 has changed: its copy of the file has those names.
     """
     made = ledger(7, "0123i01d")
-    table = focus.rows(made.days, made.invoices, "acme")
+    table = made.table()
     assert {row["ChargeClass"] for row in table.to_pylist()} == {None, "Correction"}
     never = [name for name in table.column_names if table.column(name).null_count == table.num_rows]
     accepted = validate(tmp_path, focus.to_csv(table), never)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from render_platform import canonical
 from render_platform.charges.price_book import UNITS, PriceBook, parse_price_book
 from render_platform.charges.rating import USAGE_SCHEMA, Batches, MonthState, build_day, build_invoice, rate, usage_sql
-from render_platform.charges.records import DayCharges, parse_day, parse_invoice
+from render_platform.charges.records import DayCharges, Line, parse_day, parse_invoice
 from render_platform.clock import DAY_US, time_us
 from render_platform.errors import Finding, UsageError
 from tests.factories import CUSTOMERS, make_table
@@ -87,16 +89,25 @@ def usage_row(draw: st.DrawFn) -> dict[str, Any]:
 days = st.dictionaries(st.integers(0, 29), st.lists(usage_row(), min_size=1, max_size=6), min_size=1, max_size=5)
 
 
-def charge(book: PriceBook, state: MonthState, day: int, usage: Sequence[dict[str, Any]]) -> DayCharges:
-    record = build_day(MONTH_US + day * DAY_US, book, NONE, usage, state)
-    data = record.to_bytes()
-    assert parse_day(data) == record
-    state.add_day(f"{len(state.records):064d}", record)
+@dataclass(slots=True)
+class Ledger(MonthState):
+    """A month that keeps its records."""
+
+    days: dict[int, DayCharges] = field(default_factory=dict)
+
+
+def charge(book: PriceBook, state: Ledger, day: int, usage: Sequence[dict[str, Any]]) -> DayCharges:
+    former = state.days.get(day)
+    record = build_day(MONTH_US + day * DAY_US, book, NONE, usage, state, former)
+    assert parse_day(record.to_bytes()) == record
+    state.add_day(f"{len(state.records):064d}", record, former)
+    assert state.unfit == set(), "each record issues what the lines come to"
+    state.days[day] = record
     return record
 
 
-def charged(book: PriceBook, month: dict[int, list[dict[str, Any]]], order: Sequence[int]) -> MonthState:
-    state = MonthState()
+def charged(book: PriceBook, month: dict[int, list[dict[str, Any]]], order: Sequence[int]) -> Ledger:
+    state = Ledger()
     for day in order:
         charge(book, state, day, month[day])
     return state
@@ -185,7 +196,7 @@ def test_a_re_rated_month_equals_one_rated_afresh(month: dict[int, Any], roundin
 def test_each_event_and_each_ns_stands_once(month: dict[int, list[dict[str, Any]]]) -> None:
     state = charged(make_book(), month, sorted(month))
     for day, usage in month.items():
-        record = state.latest[MONTH_US + day * DAY_US]
+        record = state.days[day]
         ns, energy = sum(int(row["gpu_second"]) for row in usage), sum(int(row["energy"]) for row in usage)
         assert (record.gpu_time_ns, sum(line.gpu_time_ns for line in record.lines)) == (ns, ns)
         assert sum(line.energy_mj for line in record.lines) == energy
@@ -219,7 +230,7 @@ def test_one_month_has_one_currency() -> None:
     state = charged(make_book(), {0: []}, [0])
     other = parse_price_book(make_book(version=2).data.replace(b"USD", b"EUR"))
     with pytest.raises(UsageError, match="charged in USD"):
-        build_day(MONTH_US + DAY_US, other, NONE, [], state)
+        build_day(MONTH_US + DAY_US, other, NONE, [], state, None)
 
 
 @settings(max_examples=10, deadline=None)
@@ -262,9 +273,46 @@ def test_the_price_of_the_period_of_event_time_holds() -> None:
     assert f"WHEN epoch_us(event_time) < {boundary} THEN 0 ELSE 1 END" in sql
 
 
+@given(st.text(), st.integers(0, 2**130))
+def test_a_record_has_the_canonical_bytes_of_what_it_says(text: str, number: int) -> None:
+    line = Line(text, text, "image", "1", 1, "1", text, text, text, text, None, 1, 0, number, "1", 0, 0, number)
+    record = replace(charge(make_book(), Ledger(), 0, []), currency=text, events=number, lines=(line,))
+    try:
+        wanted = canonical.encode({"version": 1, "kind": "usage_charges", **asdict(record)})
+    except Finding:
+        with pytest.raises(Finding):
+            record.to_bytes()
+        return
+    assert record.to_bytes() == wanted
+    assert parse_day(wanted) == record
+
+
 def test_a_record_that_was_changed_is_refused() -> None:
-    record = charge(make_book(), MonthState(), 0, [])
-    data = record.to_bytes()
+    row = dict.fromkeys(USAGE_SCHEMA.names, 0) | {
+        "customer_ref": CUSTOMERS[0], "pricing_tier": "standard", "model_name": "flux", "device_uuid": None,
+        "status": "success", "events": 1, "gpu_second_known": 1, "gpu_second": 10**9,
+    }  # fmt: skip
+    data = charge(make_book(), Ledger(), 0, [row]).to_bytes()
+    for old, new in (
+        (b'"quantity":0,', b'"quantity":-1,'),
+        (b'"quantity":0,', b'"quantity":0.0,'),
+        (b'"quantity":0,', b'"quantity":true,'),
+        (b'"quantity":0,', b'"quantity":0,"quantity":0,'),
+        (b'"quantity":0,', b'"quantity":0,"other":0,'),
+        (b'"quantity":0,', b'"quantity": 0,'),
+        (b'"unit":"image"', b'"unit":"day"'),
+        (b'"per":1,', b'"per":7,'),
+        (b'"rounding":"half_up"', b'"rounding":"odd"'),
+        (b'"amount":"0"', b'"amount":"0\\n"'),
+        (b'"amount":"0"', b'"amount":"1e3"'),
+        (b'"model_name":"flux"', b'"model_name":"\\u0066lux"'),
+        (b'"model_name":"flux"', b'"model_name":"flux\\u0000"'),
+        (b'"model_name":"flux"', b'"model_name":"flux\xff"'),
+    ):
+        assert old in data
+        with pytest.raises(Finding):
+            parse_day(data.replace(old, new, 1))
+    data = charge(make_book(), Ledger(), 0, []).to_bytes()
     for bad in (
         data.replace(b'"revision":1', b'"revision":"1"'),
         data.replace(b'"kind":"usage_charges"', b'"kind":"invoice"'),

@@ -8,9 +8,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from render_platform.cas import Cas
 from render_platform.charges.charging import Charging
 from render_platform.charges.commands import spending_of
 from render_platform.charges.price_book import PriceBook, load_price_book, parse_price_book
@@ -154,12 +156,68 @@ def test_a_month_in_another_currency_is_not_added_to(platform: Platform) -> None
     assert "EUR" in one.unknown
 
 
+class Reads:
+    """A store that counts its reads, and fails one of them."""
+
+    def __init__(self, cas: Cas, fail_at: int = 0) -> None:
+        self._cas, self._fail_at = cas, fail_at
+        self.count = 0
+
+    def get(self, digest: str) -> bytes:
+        self.count += 1
+        if self.count == self._fail_at:
+            raise Unavailable("the disk is away", "wait")
+        return self._cas.get(digest)
+
+
+def reader(platform: Platform, reads: Reads) -> Spending:
+    opener = lambda: nullcontext(platform.clickhouse)  # noqa: E731
+    return Spending(platform.database, cast(Cas, reads), opener, platform.clock, BOOK)
+
+
+def dearer() -> PriceBook:
+    return parse_price_book(BOOK.data.replace(b"version = 1", b"version = 2").replace(b'"0.0008"', b'"0.08"'))
+
+
+def test_who_has_read_a_month_reads_what_is_new_alone(platform: Platform) -> None:
+    reads = Reads(platform.cas)
+    spending = reader(platform, reads)
+    Charging(platform, BOOK).charge(DAY)
+    first = spending.all(MONTH, CUSTOMERS)
+    assert (spending.all(MONTH, CUSTOMERS), reads.count) == (first, 1)
+    Charging(platform, dearer()).charge(DAY)
+    second = spending.all(MONTH, CUSTOMERS)
+    assert reads.count == 3, "the correction, and the record that it corrects"
+    for customer in CUSTOMERS:
+        one, other = first[customer], second[customer]
+        assert (one.events, one.energy_known, one.energy_mj) == (other.events, other.energy_known, other.energy_mj)
+        assert [(s.sku, s.quantity, s.events) for s in one.charged] == [
+            (s.sku, s.quantity, s.events) for s in other.charged
+        ]
+
+
+def test_what_is_free_is_charged_and_comes_to_no_cents(platform: Platform) -> None:
+    free = parse_price_book(BOOK.data.replace(b'"0.0008"', b'"0"'))
+    Charging(platform, free).charge(DAY)
+    charged = [sku for customer in CUSTOMERS for sku in own(platform, customer, free).as_json()["charged"]]
+    assert {sku["amount"] for sku in charged} == {"0.00"}
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+def test_a_read_that_failed_leaves_no_half_of_a_month(platform: Platform, fail_at: int) -> None:
+    Charging(platform, BOOK).charge(DAY)
+    Charging(platform, dearer()).charge(DAY)
+    spending = reader(platform, Reads(platform.cas, fail_at))
+    with pytest.raises(Unavailable, match="the disk is away"):
+        spending.all(MONTH, CUSTOMERS)
+    assert spending.all(MONTH, CUSTOMERS) == reader(platform, Reads(platform.cas)).all(MONTH, CUSTOMERS)
+
+
 def test_a_correction_is_seen_by_who_has_read_the_month_before(platform: Platform) -> None:
     spending = spending_of(platform, BOOK)
     Charging(platform, BOOK).charge(DAY)
     before = {customer: spending.of(customer, MONTH).charged for customer in CUSTOMERS}
-    dearer = parse_price_book(BOOK.data.replace(b"version = 1", b"version = 2").replace(b'"0.0008"', b'"0.08"'))
-    Charging(platform, dearer).charge(DAY)
+    Charging(platform, dearer()).charge(DAY)
     after = {customer: spending.of(customer, MONTH).charged for customer in CUSTOMERS}
     assert all(sum(s.amount for s in after[c]) > sum(s.amount for s in before[c]) for c in CUSTOMERS if before[c])
 

@@ -11,24 +11,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal, localcontext
+from decimal import Decimal
 from tempfile import TemporaryDirectory
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import duckdb
 
+from render_platform.canonical import digest_of
 from render_platform.cas import Cas
 from render_platform.charges.price_book import PriceBook, parse_price_book
 from render_platform.charges.rating import (
-    EXACT,
     USAGE_SCHEMA,
     Batches,
-    Key,
+    Day,
     MonthState,
     build_day,
     build_invoice,
-    rated_amount,
     usage_sql,
+    wrong_lines,
 )
 from render_platform.charges.records import DayCharges, Invoice, parse_day, parse_invoice
 from render_platform.clock import DAY_US, US_PER_SECOND, iso
@@ -41,7 +41,7 @@ TYPES = ("charges", "correction")
 BOOK, DAY, INVOICE = "price-book/", "day/", "invoice/"
 Connect = Callable[[], AbstractContextManager[duckdb.DuckDBPyConnection]]
 _MONTH = re.compile(r"(19[7-9][0-9]|[2-8][0-9]{3})-(0[1-9]|1[0-2])")
-_Record = TypeVar("_Record", DayCharges, Invoice)
+_Record = TypeVar("_Record", Day, DayCharges, Invoice)
 
 
 class Numbered(NamedTuple):
@@ -63,38 +63,60 @@ class Logged(Generic[_Record]):
 
 @dataclass(slots=True)
 class Month:
-    """All that the log says of a month, in its order; `state` is what these records come to."""
+    """What the log says of a month, in its order; `state` is what its records come to.
 
-    days: list[Logged[DayCharges]] = field(default_factory=list)
+    Of a day's record it keeps sums alone: who needs its lines reads it again. After an error in `add` it is of no use.
+    """
+
+    days: list[Logged[Day]] = field(default_factory=list)
     invoices: list[Logged[Invoice]] = field(default_factory=list)
     state: MonthState = field(default_factory=MonthState)
+    problems: list[str] = field(default_factory=list)
+    """Lines that are not quantity × price."""
 
-    def add(self, numbered: Numbered, cas: Cas) -> None:
-        """The next entry's record. Finding where the object is no such record, or says another day than its entry."""
-        index, entry = numbered
-        digest = str(entry.subject_digest)
-        if entry.batch_id.startswith(DAY):
-            record = parse_day(cas.get(digest))
-            said = (record.day_us, record.revision, record.events, record.gpu_time_ns)
-            if (
-                said != (entry.recorded_hour, entry.batch_seq, entry.records, entry.gpu_time_ns)
-                or record.day_us % DAY_US
-            ):
-                raise Finding(f"{entry.batch_id}: the record does not say what its entry says")
-            _require_name(entry, f"{DAY}{iso(record.day_us)[:10]}", record.revision)
-            self.days.append(Logged(record, digest, index))
-            self.state.add_day(digest, record)
-        elif entry.batch_id.startswith(INVOICE):
-            invoice = parse_invoice(cas.get(digest))
-            if (invoice.month, invoice.revision) != (month_of(entry.recorded_hour or 0), entry.batch_seq):
-                raise Finding(f"{entry.batch_id}: the invoice does not say what its entry says")
-            _require_name(entry, f"{INVOICE}{invoice.month}", invoice.revision)
-            self.invoices.append(Logged(invoice, digest, index))
-            self.state.add_invoice(digest, invoice)
+    def add(self, numbered: Numbered, record: DayCharges | Invoice, cas: Cas) -> DayCharges | None:
+        """The next entry and its record. Gives the day's record that it replaces."""
+        index, digest = numbered.at, str(numbered.entry.subject_digest)
+        if isinstance(record, Invoice):
+            self.invoices.append(Logged(record, digest, index))
+            self.state.add_invoice(digest, record)
+            return None
+        former = self.day(record.day_us, cas)
+        try:
+            wrong = wrong_lines(record.lines)
+            self.state.add_day(digest, record, former)
+        except ArithmeticError as error:
+            name = numbered.entry.batch_id
+            raise Finding(f"{name}: its amounts cannot be added up: {type(error).__name__}") from error
+        at = iso(record.day_us)[:10]
+        self.problems += [f"{at}: {one.sku} of {one.customer_ref[:12]} is not quantity × price" for one in wrong]
+        self.days.append(Logged(self.state.latest[record.day_us], digest, index))
+        return former
 
-    def day(self, day_us: int) -> Logged[DayCharges] | None:
-        """The day's newest record."""
+    def newest(self, day_us: int) -> Logged[Day] | None:
         return next((one for one in reversed(self.days) if one.record.day_us == day_us), None)
+
+    def day(self, day_us: int, cas: Cas) -> DayCharges | None:
+        """The day's newest record, read again."""
+        found = self.newest(day_us)
+        return None if found is None else parse_day(cas.get(found.digest))
+
+
+def read_record(entry: AuditEntry, cas: Cas) -> DayCharges | Invoice:
+    """What an entry names. Finding where the object is no such record, or says another day than its entry."""
+    data = cas.get(str(entry.subject_digest))
+    if entry.batch_id.startswith(DAY):
+        record = parse_day(data)
+        said = (record.day_us, record.revision, record.events, record.gpu_time_ns)
+        if said != (entry.recorded_hour, entry.batch_seq, entry.records, entry.gpu_time_ns) or record.day_us % DAY_US:
+            raise Finding(f"{entry.batch_id}: the record does not say what its entry says")
+        _require_name(entry, f"{DAY}{iso(record.day_us)[:10]}", record.revision)
+        return record
+    invoice = parse_invoice(data)
+    if (invoice.month, invoice.revision) != (month_of(entry.recorded_hour or 0), entry.batch_seq):
+        raise Finding(f"{entry.batch_id}: the invoice does not say what its entry says")
+    _require_name(entry, f"{INVOICE}{invoice.month}", invoice.revision)
+    return invoice
 
 
 def name_of(name: str, revision: int) -> str:
@@ -155,47 +177,32 @@ def batches_named(found: Sequence[Numbered]) -> Batches:
 
 def problems_of(month: Month) -> Iterator[str]:
     """What is wrong with the sums: lines against amounts, what was issued against lines, invoices against both."""
+    yield from month.problems
+    state = month.state
+    for key in sorted(state.unfit):
+        issued = state.issued.get(key, 0)
+        yield f"{key[1]} of {key[0][:12]}: the records issue {issued}, the month's lines come to {state.total(key)}"
     try:
-        yield from _line_problems(month)
         yield from _invoice_problems(month)
     except ArithmeticError as error:  # of a record that nobody could have made: amounts of too many digits
         yield f"its amounts cannot be added up: {type(error).__name__}"
-
-
-def _line_problems(month: Month) -> Iterator[str]:
-    for one in month.days:
-        for line in one.record.lines:
-            if rated_amount(line) != Decimal(line.amount):
-                yield f"{iso(one.record.day_us)[:10]}: {line.sku} of {line.customer_ref[:12]} is not quantity × price"
-    due: dict[Key, tuple[Decimal, Decimal]] = {}
-    issued: dict[Key, Decimal] = defaultdict(Decimal)
-    totals = month.state.totals()
-    with localcontext(EXACT):
-        for one in month.days:
-            for part in one.record.issued:
-                key = part.customer_ref, part.sku
-                issued[key] += Decimal(part.issued)
-                due[key] = Decimal(part.total), Decimal(part.rounded)
-        for key, (total, rounded) in sorted(due.items()):
-            if totals.get(key, Decimal(0)) != total or issued[key] != rounded:
-                yield f"{key[1]} of {key[0][:12]}: the records issue {issued[key]}, the month's lines come to {total}"
 
 
 def _invoice_problems(month: Month) -> Iterator[str]:
     """Only as far as the newest invoice covers the records."""
     if not month.invoices:
         return
-    covered = set(month.invoices[-1].record.charges)
-    issued: dict[Key, Decimal] = defaultdict(Decimal)
-    for part in (part for one in month.days if one.digest in covered for part in one.record.issued):
-        issued[part.customer_ref, part.sku] += Decimal(part.issued)
+    state, newest = month.state, month.invoices[-1]
+    before = [one.digest for one in month.days if one.log_index < newest.log_index]
+    if list(newest.record.charges) != before:
+        yield f"invoice {newest.record.month}/{newest.record.revision}: it does not cover the records before it"
     for invoice in (one.record for one in month.invoices):
         if sum((Decimal(line.amount) for line in invoice.lines), Decimal(0)) != Decimal(invoice.total):
             yield f"invoice {invoice.month}/{invoice.revision}: its lines do not add up to its total"
-    for key in sorted(issued.keys() | month.state.invoiced.keys()):
-        line = month.state.invoiced.get(key)
-        if issued[key] != Decimal(line.amount if line else 0):
-            yield f"{key[1]} of {key[0][:12]}: issued {issued[key]}, invoiced {line.amount if line else 0}"
+    for key in sorted(state.covered.keys() | state.invoiced.keys()):
+        issued, line = state.covered.get(key, Decimal(0)), state.invoiced.get(key)
+        if issued != Decimal(line.amount if line else 0):
+            yield f"{key[1]} of {key[0][:12]}: issued {issued}, invoiced {line.amount if line else 0}"
 
 
 class Rerating:
@@ -234,12 +241,12 @@ class Rerating:
             self._add_book(entry)
             return
         month = self._months[month_of(entry.recorded_hour or 0)]
-        data = self._cas.get(str(entry.subject_digest))
-        again = self._day if entry.batch_id.startswith(DAY) else self._invoice
+        record = read_record(entry, self._cas)
         try:
-            same = again(data, month, connection) == data
+            again = self._again(record, month, connection)
+            same = again is not None and digest_of(again.to_bytes()) == entry.subject_digest
         finally:
-            month.add(numbered, self._cas)  # what follows was made after this one, right or wrong
+            month.add(numbered, record, self._cas)  # what follows was made after this one, right or wrong
         if not same:
             raise Finding("made again from its batches and price book, it says something else")
 
@@ -249,22 +256,21 @@ class Rerating:
             raise Finding(f"the price book is of version {book.version}, and logged as {entry.type}")
         self._books[book.digest] = book
 
-    def _day(self, data: bytes, month: Month, connection: duckdb.DuckDBPyConnection) -> bytes:
-        record = parse_day(data)
+    def _again(
+        self, record: DayCharges | Invoice, month: Month, connection: duckdb.DuckDBPyConnection
+    ) -> DayCharges | Invoice | None:
+        if isinstance(record, Invoice):
+            return build_invoice(record.month, month.state)
         book = self._books.get(record.book_digest)
         if book is None:
             raise Finding("its price book does not stand in the log before it")
         last = -1 if record.last_index is None else record.last_index
-        before = month.day(record.day_us)
-        if before is not None and record.batches < before.record.batches:
-            raise Finding(f"it rates {record.batches} batches, the day's record before it {before.record.batches}")
+        former = month.day(record.day_us, self._cas)
+        if former is not None and record.batches < former.batches:
+            raise Finding(f"it rates {record.batches} batches, the day's record before it {former.batches}")
         found = [one for one in self._batches[record.day_us // DAY_US] if one.at <= last]
         usage = read_usage(self._slow, found, book, connection)
-        return build_day(record.day_us, book, batches_named(found), usage, month.state).to_bytes()
-
-    def _invoice(self, data: bytes, month: Month, _connection: duckdb.DuckDBPyConnection) -> bytes:
-        again = build_invoice(parse_invoice(data).month, month.state)
-        return b"" if again is None else again.to_bytes()
+        return build_day(record.day_us, book, batches_named(found), usage, month.state, former)
 
 
 def rerate(outcome: Verification, cas: Cas, progress: Progress = lambda *_: None) -> None:

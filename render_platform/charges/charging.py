@@ -27,6 +27,7 @@ from render_platform.charges.chain import (
     month_of,
     name_of,
     problems_of,
+    read_record,
     read_usage,
 )
 from render_platform.charges.price_book import PriceBook, parse_price_book
@@ -49,6 +50,7 @@ class _Moved(Exception):
 class Charging:
     def __init__(self, platform: Platform, book: PriceBook, connect: Connect = duckdb.connect) -> None:
         self._platform, self._connect = platform, connect
+        self._read: dict[str, Month] = {}
         self.book = book
 
     def charge(self, day_us: int) -> Logged[DayCharges]:
@@ -60,13 +62,14 @@ class Charging:
         self._require_closed(day_us)
         for _ in range(_ATTEMPTS):
             month, found = self.month(month_of(day_us)), self._batches(day_us)
-            book = self._book_of(month)
+            book, former = self._book_of(month), month.day(day_us, self._platform.cas)
             with connected(self._connect) as connection:
                 usage = read_usage(self._platform.slow, found, book, connection)
-            record, last = build_day(day_us, book, batches_named(found), usage, month.state), month.day(day_us)
-            if last is not None and _same(last.record, record):
+            record = build_day(day_us, book, batches_named(found), usage, month.state, former)
+            last = month.newest(day_us)
+            if former is not None and last is not None and _same(former, record):
                 self._platform.log.publish()  # a crash may have left it unpublished
-                return last
+                return Logged(former, last.digest, last.log_index)
             self._log_book(book)
             logged = self._log(record, f"{DAY}{iso(day_us)[:10]}", day_us, month)
             if logged is not None:
@@ -94,10 +97,15 @@ class Charging:
         raise Unavailable(f"{month} was invoiced by others at once", "run it again")
 
     def month(self, month: str) -> Month:
-        """What the log says of a month, published or not. Finding where a record is not what its entry names."""
-        found = Month()
-        for numbered in self._entries(TYPES, *month_bounds(month)):
-            found.add(numbered, self._platform.cas)
+        """What the log says of a month, published or not. Finding where a record is not what its entry names.
+
+        The last month is remembered, and grows: of records, the new ones alone are read.
+        """
+        found = self._read.pop(month, None) or Month()
+        self._read.clear()
+        for numbered in self._entries(TYPES, *month_bounds(month))[len(found.days) + len(found.invoices) :]:
+            found.add(numbered, read_record(numbered.entry, self._platform.cas), self._platform.cas)
+        self._read[month] = found  # not after an error: it may be half added
         return found
 
     def due(self) -> list[int]:

@@ -17,7 +17,7 @@ from render_platform.charges.chain import Logged
 from render_platform.charges.charging import Charging
 from render_platform.charges.price_book import PriceBook, load_price_book
 from render_platform.charges.rating import build_invoice, plain
-from render_platform.charges.records import DayCharges, Invoice
+from render_platform.charges.records import DayCharges, Invoice, parse_day
 from render_platform.charges.spend import Budget, Budgets, Spend, Spending, book_of
 from render_platform.clock import DAY_US, iso
 from render_platform.config import load_settings
@@ -309,7 +309,8 @@ def focus(month: str, output: Path, state: Path | None, config: Path | None, as_
         raise UsageError(f"{output} is neither .csv nor .parquet", "name the file so that its format is known")
     with _opened(state, config) as (platform, book):
         known = Charging(platform, book).month(month)
-        table = export.rows(known.days, known.invoices, platform.settings.billing_account)
+        read = lambda digest: parse_day(platform.cas.get(digest))  # noqa: E731
+        table = export.rows(known.days, known.invoices, read, platform.settings.billing_account)
     output.write_bytes(writers[output.suffix](table))
     if as_json:
         print_json({"month": month, "file": str(output), "rows": table.num_rows, "version": export.FOCUS_VERSION})

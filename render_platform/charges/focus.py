@@ -14,17 +14,18 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import ROUND_FLOOR, Decimal, localcontext
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from render_platform.charges.chain import Logged, month_bounds, month_of
-from render_platform.charges.rating import BASE_UNITS, EXACT
+from render_platform.charges.rating import BASE_UNITS, EXACT, Day
 from render_platform.charges.records import DayCharges, Invoice, Line
 from render_platform.clock import DAY_US, US_PER_SECOND, iso
 from render_platform.errors import UsageError
@@ -146,35 +147,43 @@ _NAMED = ("devices", "models", "tiers", "classes")
 _Groups = dict[_Key, _Figures]
 
 
-def rows(days: Sequence[Logged[DayCharges]], invoices: Sequence[Logged[Invoice]], account: str) -> pa.Table:
+def rows(
+    days: Sequence[Logged[Day]], invoices: Sequence[Logged[Invoice]], read: Callable[[str], DayCharges], account: str
+) -> pa.Table:
     """SCHEMA: the rows of one month's day records and invoices, both in the order of the log; `account` is whose.
 
-    UsageError where an amount has more decimals than the columns.
+    `read` gives a day's record by its digest; one is held at a time. UsageError where an amount has more decimals than
+    the columns.
     """
-    made: list[dict[str, Any]] = []
-    stood: dict[int, _Groups] = {}
+    made = [SCHEMA.empty_table()]
+    stood: dict[int, str] = {}
     with localcontext(EXACT):
         for part, number in _parts(days, invoices):
             invoice = invoices[number].record if number < len(invoices) else None
-            for day_us in sorted(part):
-                made += _rows_of_day(part[day_us], stood.get(day_us, {}), number > 0, invoice, account)
-                stood[day_us] = _grouped(part[day_us][-1].record.lines)
+            for day_us, records in sorted(part.items()):
+                before = _grouped(read(stood[day_us]).lines) if day_us in stood else {}
+                made.append(_table(_rows_of_day(records, before, read, number > 0, invoice, account)))
+                stood[day_us] = records[-1].digest
+    return pa.concat_tables(made)
+
+
+def _table(made: Iterable[dict[str, Any]]) -> pa.Table:
     try:
-        return pa.Table.from_pylist(made, SCHEMA)
+        return pa.Table.from_pylist(list(made), SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise UsageError(f"a charge does not fit the columns: {error}", "use prices with fewer decimals") from error
 
 
 def _parts(
-    days: Sequence[Logged[DayCharges]], invoices: Sequence[Logged[Invoice]]
-) -> Iterator[tuple[dict[int, list[Logged[DayCharges]]], int]]:
+    days: Sequence[Logged[Day]], invoices: Sequence[Logged[Invoice]]
+) -> Iterator[tuple[dict[int, list[Logged[Day]]], int]]:
     """By day, the records that the invoice of a number is the first to cover; the last ones no invoice covers yet."""
     first: dict[str, int] = {}
     for number, invoice in enumerate(invoices):
         for digest in invoice.record.charges:
             first.setdefault(digest, number)
     for number in range(len(invoices) + 1):
-        part: dict[int, list[Logged[DayCharges]]] = defaultdict(list)
+        part: dict[int, list[Logged[Day]]] = defaultdict(list)
         for logged in days:
             if first.get(logged.digest, len(invoices)) == number:
                 part[logged.record.day_us].append(logged)
@@ -189,19 +198,26 @@ def _grouped(lines: Iterable[Line]) -> _Groups:
 
 
 def _rows_of_day(
-    records: Sequence[Logged[DayCharges]], before: _Groups, correction: bool, invoice: Invoice | None, account: str
+    records: Sequence[Logged[Day]],
+    before: _Groups,
+    read: Callable[[str], DayCharges],
+    correction: bool,
+    invoice: Invoice | None,
+    account: str,
 ) -> Iterator[dict[str, Any]]:
     """What a day's records change of `before`, as one: the last of them says what is so now."""
     last, nothing = records[-1], _Figures()
-    after = _grouped(last.record.lines)
-    seen = {key for one in records for key in _grouped(one.record.lines)} | before.keys()
-    changes = {key: after.get(key, nothing).less(before.get(key, nothing)) for key in seen}
+    after: _Groups = {}
+    seen = set(before)
     issued: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
-    for one in (one for logged in records for one in logged.record.issued):
-        issued[one.customer_ref, one.sku] += Decimal(one.issued)
-    for owner in sorted({(key.customer_ref, key.sku) for key in seen}):
-        of_owner = {key: changes[key] for key in sorted(seen) if (key.customer_ref, key.sku) == owner}
-        for key, billed in _billed(of_owner, issued[owner], last.record.minor_digits):
+    for record in (read(one.digest) for one in records):
+        after = _grouped(record.lines)
+        seen |= after.keys()
+        for one in record.issued:
+            issued[one.customer_ref, one.sku] += Decimal(one.issued)
+    for owner, keys in groupby(sorted(seen), lambda key: (key.customer_ref, key.sku)):
+        changes = {key: after.get(key, nothing).less(before.get(key, nothing)) for key in keys}
+        for key, billed in _billed(changes, issued[owner], last.record.minor_digits):
             yield {
                 **_constants(account),
                 **_period(last.record, correction, invoice),
@@ -243,7 +259,7 @@ def _constants(account: str) -> dict[str, Any]:
     }
 
 
-def _period(record: DayCharges, correction: bool, invoice: Invoice | None) -> dict[str, Any]:
+def _period(record: Day, correction: bool, invoice: Invoice | None) -> dict[str, Any]:
     start_us, end_us = month_bounds(month_of(record.day_us))
     return {
         "BillingPeriodEnd": _time(end_us),
@@ -289,7 +305,7 @@ def _priced(key: _Key, figures: _Figures, billed: Decimal, currency: str) -> dic
     }
 
 
-def _ours(figures: _Figures, logged: Logged[DayCharges]) -> dict[str, Any]:
+def _ours(figures: _Figures, logged: Logged[Day]) -> dict[str, Any]:
     """Energy is null where no event has a reading."""
     joules = Decimal(figures.energy_mj) / 1_000
     return {

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Context, Decimal, DivisionByZero, Inexact, InvalidOperation, Overflow, localcontext
+from sys import intern
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -98,7 +99,8 @@ def rate(book: PriceBook, usage: Iterable[Mapping[str, Any]]) -> tuple[Line, ...
     if unpriced:
         named = "; ".join(sorted(unpriced)[:MAX_NAMED])
         raise UsageError(f"no rule of the price book prices {named}", "add a rule (price 0 where it is free)")
-    return tuple(_line(key, one) for key, one in sorted(sums.items()))
+    with localcontext(EXACT):
+        return tuple(_line(key, one) for key, one in sorted(sums.items()))
 
 
 def _line(key: tuple[str, ...], one: _Sum) -> Line:
@@ -128,14 +130,18 @@ def _line(key: tuple[str, ...], one: _Sum) -> Line:
 
 
 def _amount(quantity: int, unit: str, price: Decimal, per: int, billed: Decimal) -> Decimal:
-    """Divided by powers of ten only: the result is finite."""
+    """Divided by powers of ten only: the result is finite, and exact in the context EXACT."""
+    return quantity * price * billed / (BASE_UNITS.get(unit, 1) * per)
+
+
+def wrong_lines(lines: Iterable[Line]) -> list[Line]:
+    """Those whose amount is not what their own figures come to."""
     with localcontext(EXACT):
-        return quantity * price * billed / (BASE_UNITS.get(unit, 1) * per)
-
-
-def rated_amount(line: Line) -> Decimal:
-    """What a line's own figures come to."""
-    return _amount(line.quantity, line.unit, Decimal(line.price), line.per, Decimal(line.billed))
+        return [
+            one
+            for one in lines
+            if _amount(one.quantity, one.unit, Decimal(one.price), one.per, Decimal(one.billed)) != Decimal(one.amount)
+        ]
 
 
 def plain(amount: Decimal) -> str:
@@ -145,37 +151,121 @@ def plain(amount: Decimal) -> str:
 
 
 @dataclass(slots=True)
-class MonthState:
-    """A month's records, followed in the order of the log."""
+class Used:
+    """What the lines of one customer's SKU come to."""
 
-    latest: dict[int, DayCharges] = field(default_factory=dict)
-    issued: dict[Key, Decimal] = field(default_factory=lambda: defaultdict(Decimal))
+    unit: str = ""
+    lines: int = 0
+    quantity: int = 0
+    events: int = 0
+    amount: Decimal = Decimal(0)
+
+    def add(self, line: Line, sign: int) -> None:
+        self.unit = line.unit
+        self.lines += sign
+        self.quantity += sign * line.quantity
+        self.events += sign * line.events
+        self.amount += sign * Decimal(line.amount)
+
+
+class DayLine(NamedTuple):
+    """What a day's lines of one SKU come to."""
+
+    sku: str
+    unit: str
+    amount: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """What is kept of a day's record: `lines` are one a SKU, of all customers."""
+
+    day_us: int
+    revision: int
+    currency: str
+    minor_digits: int
+    book_version: int
+    book_digest: str
+    batches: int
+    events: int
+    lines: tuple[DayLine, ...]
+
+    @property
+    def amount(self) -> Decimal:
+        """Exact, before any rounding."""
+        return exact_sum(line.amount for line in self.lines)
+
+
+def day_of(record: DayCharges) -> Day:
+    sums: dict[tuple[str, str], Decimal] = defaultdict(Decimal)
+    with localcontext(EXACT):
+        for line in record.lines:
+            sums[line.sku, line.unit] += Decimal(line.amount)
+    lines = tuple(DayLine(intern(sku), intern(unit), sums[sku, unit]) for sku, unit in sorted(sums))
+    of_record = (record.day_us, record.revision, record.currency, record.minor_digits)
+    return Day(*of_record, record.book_version, record.book_digest, record.batches, record.events, lines)
+
+
+@dataclass(slots=True)
+class MonthState:
+    """A month's records, followed in the order of the log and added up: its size is that of its customers and SKUs."""
+
+    latest: dict[int, Day] = field(default_factory=dict)
+    used: dict[Key, Used] = field(default_factory=dict)
+    """By the latest record of each day."""
+    issued: dict[Key, Decimal] = field(default_factory=dict)
+    """By all records."""
+    unfit: set[Key] = field(default_factory=set)
+    """Whose newest record does not issue what `used` comes to."""
     records: list[str] = field(default_factory=list)
     """Digests of the day records, in order."""
     invoiced: dict[Key, InvoiceLine] = field(default_factory=dict)
     """What all invoices so far come to."""
     invoices: list[str] = field(default_factory=list)
+    covered: dict[Key, Decimal] = field(default_factory=dict)
+    """What was issued before the newest invoice."""
 
-    def add_day(self, digest: str, record: DayCharges) -> None:
-        self.latest[record.day_us] = record
-        self.records.append(digest)
+    def add_day(self, digest: str, record: DayCharges, former: DayCharges | None) -> None:
+        """`former`: the day's record before this one."""
         with localcontext(EXACT):
-            for one in record.issued:
-                self.issued[one.customer_ref, one.sku] += Decimal(one.issued)
+            for line in former.lines if former else ():
+                self._count(line, -1)
+            for line in record.lines:
+                self._count(line, 1)
+            for part in record.issued:
+                self._issue(part)
+        self.latest[record.day_us] = day_of(record)
+        self.records.append(digest)
+
+    def _count(self, line: Line, sign: int) -> None:
+        key = line.customer_ref, line.sku
+        one = self.used.get(key)
+        if one is None:
+            key = intern(line.customer_ref), intern(line.sku)  # what is kept of a record is no copy of its text
+            one = self.used[key] = Used()
+        one.add(line, sign)
+        if not one.lines:
+            del self.used[key]
+        self.unfit.add(key)
+
+    def _issue(self, part: Issued) -> None:
+        key = intern(part.customer_ref), intern(part.sku)
+        self.issued[key] = self.issued.get(key, Decimal(0)) + Decimal(part.issued)
+        if (Decimal(part.total), Decimal(part.rounded)) == (self.total(key), self.issued[key]):
+            self.unfit.discard(key)
+        else:
+            self.unfit.add(key)
+
+    def total(self, key: Key) -> Decimal:
+        """Exact, of the latest record of each day."""
+        return self.used[key].amount if key in self.used else Decimal(0)
 
     def add_invoice(self, digest: str, invoice: Invoice) -> None:
         self.invoices.append(digest)
+        self.covered = dict(self.issued)
         for line in invoice.lines:
             key = line.customer_ref, line.sku
             self.invoiced[key] = _combined(line, self.invoiced.get(key), 1)
-
-    def totals(self, leave_out: int | None = None) -> dict[Key, Decimal]:
-        """Exact, of the latest record of each day, but for one day."""
-        totals: dict[Key, Decimal] = defaultdict(Decimal)
-        with localcontext(EXACT):
-            for line in (line for day, record in self.latest.items() if day != leave_out for line in record.lines):
-                totals[line.customer_ref, line.sku] += Decimal(line.amount)
-        return totals
 
 
 class Batches(NamedTuple):
@@ -187,15 +277,22 @@ class Batches(NamedTuple):
 
 
 def build_day(
-    day_us: int, book: PriceBook, batches: Batches, usage: Sequence[Mapping[str, Any]], month: MonthState
+    day_us: int,
+    book: PriceBook,
+    batches: Batches,
+    usage: Sequence[Mapping[str, Any]],
+    month: MonthState,
+    former: DayCharges | None,
 ) -> DayCharges:
-    """A day's record, after those that `month` holds. UsageError where the book does not fit these."""
-    last = month.latest.get(day_us)
+    """A day's record, after those that `month` holds; `former` is the newest of this day.
+
+    UsageError where the book does not fit these.
+    """
     lines = rate(book, usage)
     _require_fit(book, lines, month)
     return DayCharges(
         day_us,
-        last.revision + 1 if last else 1,
+        former.revision + 1 if former else 1,
         book.currency,
         book.minor_digits,
         book.rounding,
@@ -206,7 +303,7 @@ def build_day(
         events=sum(row["events"] for row in usage),
         gpu_time_ns=sum(line.gpu_time_ns for line in lines),
         lines=lines,
-        issued=_issue(book, lines, last.lines if last else (), month.totals(leave_out=day_us), month.issued),
+        issued=_issue(book, lines, former.lines if former else (), month),
     )
 
 
@@ -225,23 +322,19 @@ def _require_fit(book: PriceBook, lines: Sequence[Line], month: MonthState) -> N
                 raise UsageError(what, "give what is counted otherwise a SKU of its own")
 
 
-def _issue(
-    book: PriceBook,
-    lines: Sequence[Line],
-    former: Sequence[Line],
-    others: Mapping[Key, Decimal],
-    before: Mapping[Key, Decimal],
-) -> tuple[Issued, ...]:
+def _issue(book: PriceBook, lines: Sequence[Line], former: Sequence[Line], month: MonthState) -> tuple[Issued, ...]:
     """The month's new rounded totals less what was issued, of each customer's SKU that the day has, or had."""
-    own: dict[Key, list[str]] = {(line.customer_ref, line.sku): [] for line in former}
-    for line in lines:
-        own.setdefault((line.customer_ref, line.sku), []).append(line.amount)
+    change: dict[Key, Decimal] = defaultdict(Decimal)
     issued = []
     zero = book.round(Decimal(0))
     with localcontext(EXACT):
-        for key in sorted(own):
-            total = others.get(key, Decimal(0)) + exact_sum(own[key])
-            rounded, already = book.round(total), before.get(key, zero)
+        for line in former:
+            change[line.customer_ref, line.sku] -= Decimal(line.amount)
+        for line in lines:
+            change[line.customer_ref, line.sku] += Decimal(line.amount)
+        for key in sorted(change):
+            total = month.total(key) + change[key]
+            rounded, already = book.round(total), month.issued.get(key, zero)
             issued.append(Issued(*key, plain(total), *(f"{one:f}" for one in (rounded, already, rounded - already))))
     return tuple(issued)
 
@@ -269,16 +362,12 @@ def build_invoice(month: str, state: MonthState) -> Invoice | None:
 
 def _billable(state: MonthState) -> dict[Key, InvoiceLine]:
     """By customer and SKU: what was used, by the latest records, and all that was issued for it."""
+    units = {sku: one.unit for (_, sku), one in state.used.items()}
+    units |= {line.sku: line.unit for line in state.invoiced.values()}
     found: dict[Key, InvoiceLine] = {}
-    for record in state.latest.values():
-        for line in record.lines:
-            key = line.customer_ref, line.sku
-            one = InvoiceLine(*key, line.unit, line.quantity, line.events, "0")
-            found[key] = _combined(one, found.get(key), 1)
-    units = {line.sku: line.unit for line in (*found.values(), *state.invoiced.values())}
-    for key, amount in state.issued.items():
-        used = found.get(key) or InvoiceLine(*key, units.get(key[1], ""), 0, 0, "0")
-        found[key] = InvoiceLine(*key, used.unit, used.quantity, used.events, f"{amount:f}")
+    for key in state.used.keys() | state.issued.keys():
+        used = state.used.get(key) or Used(units.get(key[1], ""))
+        found[key] = InvoiceLine(*key, used.unit, used.quantity, used.events, f"{state.issued.get(key, Decimal(0)):f}")
     return found
 
 

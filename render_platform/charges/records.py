@@ -6,11 +6,12 @@ record's currency. Nothing in a record is ever edited: a later record of the sam
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Annotated, TypeVar
+
+import msgspec
 
 from render_platform import canonical
 from render_platform.charges.price_book import PER, ROUNDINGS, UNITS
@@ -18,6 +19,9 @@ from render_platform.errors import Finding
 
 VERSION = 1
 DAY_KIND, INVOICE_KIND = "usage_charges", "invoice"
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Amount = Annotated[str, msgspec.Meta(pattern=r"\A-?[0-9]{1,60}(\.[0-9]{1,60})?\Z")]
+"""Decimal text. Parsing holds a record to these types, to the last line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +36,21 @@ class Line:
     customer_ref: str
     sku: str
     unit: str
-    price: str
+    price: Amount
     per: int
-    billed: str
+    billed: Amount
     model_name: str
     pricing_tier: str
     device_class: str
     status: str
     device_uuid: str | None
-    events: int
-    unmeasured: int
-    quantity: int
-    amount: str
-    gpu_time_ns: int
-    energy_known: int
-    energy_mj: int
+    events: Count
+    unmeasured: Count
+    quantity: Count
+    amount: Amount
+    gpu_time_ns: Count
+    energy_known: Count
+    energy_mj: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,10 @@ class Issued:
 
     customer_ref: str
     sku: str
-    total: str
-    rounded: str
-    before: str
-    issued: str
+    total: Amount
+    rounded: Amount
+    before: Amount
+    issued: Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +70,19 @@ class DayCharges:
     """The charges of a day of `recorded_at`. `batches` of the log, from `first_index` through `last_index`, were rated;
     `prior` is the digest of the month's record before this one."""
 
-    day_us: int
-    revision: int
+    day_us: Count
+    revision: Count
     currency: str
-    minor_digits: int
+    minor_digits: Count
     rounding: str
-    book_version: int
+    book_version: Count
     book_digest: str
-    batches: int
-    first_index: int | None
-    last_index: int | None
+    batches: Count
+    first_index: Count | None
+    last_index: Count | None
     prior: str | None
-    events: int
-    gpu_time_ns: int
+    events: Count
+    gpu_time_ns: Count
     lines: tuple[Line, ...]
     issued: tuple[Issued, ...]
 
@@ -100,7 +104,7 @@ class InvoiceLine:
     unit: str
     quantity: int
     events: int
-    amount: str
+    amount: Amount
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,36 +113,35 @@ class Invoice:
     `prior` is the invoice of the month that this one corrects."""
 
     month: str
-    revision: int
+    revision: Count
     currency: str
-    minor_digits: int
+    minor_digits: Count
     charges: tuple[str, ...]
     prior: str | None
     lines: tuple[InvoiceLine, ...]
-    total: str
+    total: Amount
 
     def to_bytes(self) -> bytes:
         return _encode(INVOICE_KIND, self)
 
 
 _Record = TypeVar("_Record", DayCharges, Invoice)
-_Part = TypeVar("_Part", Line, Issued, InvoiceLine)
 
 
 def parse_day(data: bytes) -> DayCharges:
     """Finding where `data` is no day's record."""
-    values = _decode(DAY_KIND, DayCharges, data)
-    parts = {"lines": _parts(Line, values["lines"]), "issued": _parts(Issued, values["issued"])}
-    return _made(DayCharges, {**values, **parts}, data)
+    record = _parse(DAY_KIND, DayCharges, data)
+    _require_known("unit", {line.unit for line in record.lines}, ("", *UNITS))
+    _require_known("per", {line.per for line in record.lines}, PER)
+    _require_known("rounding", {record.rounding}, ROUNDINGS)
+    return record
 
 
 def parse_invoice(data: bytes) -> Invoice:
     """Finding where `data` is no invoice."""
-    values = _decode(INVOICE_KIND, Invoice, data)
-    if not isinstance(values["charges"], list):
-        raise Finding("charges of an invoice are not a list")
-    parts = {"lines": _parts(InvoiceLine, values["lines"]), "charges": tuple(values["charges"])}
-    return _made(Invoice, {**values, **parts}, data)
+    record = _parse(INVOICE_KIND, Invoice, data)
+    _require_known("unit", {line.unit for line in record.lines}, ("", *UNITS))
+    return record
 
 
 def exact_sum(amounts: Iterable[str | Decimal]) -> Decimal:
@@ -146,58 +149,31 @@ def exact_sum(amounts: Iterable[str | Decimal]) -> Decimal:
     return sum(map(Decimal, amounts), Decimal(0))
 
 
+def _head(kind: str) -> bytes:
+    return b'{"version":%d,"kind":"%s",' % (VERSION, kind.encode())
+
+
 def _encode(kind: str, record: DayCharges | Invoice) -> bytes:
-    plain = {f.name: _plain(getattr(record, f.name)) for f in fields(record)}
-    return canonical.encode({"version": VERSION, "kind": kind, **plain})
+    """The bytes of `canonical.encode`, many times as fast: fields in their order, text escaped as it escapes it."""
+    data = _head(kind) + msgspec.json.encode(record)[1:]
+    if rb"\u0000" in data:  # NUL, which canonical bytes refuse; or text that reads like it
+        canonical.decode(data)
+    return data
 
 
-def _plain(value: Any) -> Any:
-    if not isinstance(value, tuple):
-        return value
-    return [one if isinstance(one, str) else {f.name: getattr(one, f.name) for f in fields(one)} for one in value]
-
-
-def _decode(kind: str, record: type[_Record], data: bytes) -> dict[str, Any]:
-    values = canonical.decode(data)
-    if (values.pop("version", None), values.pop("kind", None)) != (VERSION, kind):
+def _parse(kind: str, record: type[_Record], data: bytes) -> _Record:
+    """Fields that are unknown, missing, twice or out of order, and any other spelling, give other bytes again."""
+    if not data.startswith(_head(kind)):
         raise Finding(f"is not the record of {kind} of version {VERSION}")
-    if tuple(values) != tuple(f.name for f in fields(record)):
-        raise Finding(f"does not have the fields of {kind}, in their order")
-    return values
-
-
-def _parts(part: type[_Part], items: Any) -> tuple[_Part, ...]:
-    names = tuple(f.name for f in fields(part))
-    if not isinstance(items, list) or not all(isinstance(item, dict) and tuple(item) == names for item in items):
-        raise Finding(f"does not hold a list of {part.__name__}, with its fields in their order")
-    for item in items:
-        _check_types(part, item)
-    return tuple(part(**item) for item in items)
-
-
-def _made(record: type[_Record], values: Mapping[str, Any], data: bytes) -> _Record:
-    _check_types(record, values)
-    made = record(**values)
+    try:
+        made = msgspec.json.decode(data, type=record)
+    except (ValueError, RecursionError) as error:
+        raise Finding(f"does not hold the fields of {kind}, with their types: {error}") from error
     if made.to_bytes() != data:
         raise Finding("is not in its canonical form")
     return made
 
 
-_PLAIN = re.compile(r"-?[0-9]{1,60}(\.[0-9]{1,60})?")
-_CHOICES: dict[str, tuple[object, ...]] = {"per": PER, "unit": ("", *UNITS), "rounding": tuple(ROUNDINGS)}
-_AMOUNTS = {"price", "billed", "amount", "total", "rounded", "before", "issued"}
-
-
-def _check_types(kind: type, values: Mapping[str, Any]) -> None:
-    for field in fields(kind):
-        value, wanted = values[field.name], str(field.type)
-        if wanted.startswith("tuple") or (value is None and wanted.endswith("None")):
-            continue
-        if type(value) is not (int if wanted.startswith("int") else str):
-            raise Finding(f"{field.name} does not have its type")
-        if isinstance(value, int) and value < 0 and kind is not InvoiceLine:
-            raise Finding(f"{field.name} is below zero")
-        if field.name in _CHOICES and value not in _CHOICES[field.name]:
-            raise Finding(f"{field.name} is not one that is known")
-        if field.name in _AMOUNTS and not _PLAIN.fullmatch(str(value)):
-            raise Finding(f"{field.name} is not an amount")
+def _require_known(name: str, found: Collection[object], known: Collection[object]) -> None:
+    if any(one not in known for one in found):
+        raise Finding(f"{name} is not one that is known")

@@ -16,15 +16,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from decimal import ROUND_DOWN, Decimal, localcontext
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from render_platform.cas import Cas
-from render_platform.charges.chain import TYPES, Month, Numbered, month_bounds
+from render_platform.charges.chain import TYPES, Month, Numbered, month_bounds, read_record
 from render_platform.charges.price_book import AMOUNT, UNITS, PriceBook, load_price_book
-from render_platform.charges.rating import EXACT, rate
-from render_platform.charges.records import Line
+from render_platform.charges.rating import EXACT, Used, rate
+from render_platform.charges.records import DayCharges, Line
 from render_platform.clickhouse import ClickHouse
 from render_platform.clickhouse_schema import RANGE
 from render_platform.clock import DAY_US, Clock
@@ -35,7 +36,7 @@ from render_platform.errors import Unavailable, UsageError
 
 MJ_PER_KWH = 3_600_000_000
 REMEMBERED = 3
-"""Months whose records are kept in memory, summed."""
+"""Months whose sums are kept in memory."""
 _COUNTS = {"output_token": "output_tokens", "input_token": "input_tokens", "image": "image_count", "step": "num_steps"}
 
 budgets = sa.Table(
@@ -176,7 +177,7 @@ class Budgets:
 
 @dataclass(slots=True)
 class _Charged:
-    """What a month's records say of one customer."""
+    """What is charged of one customer's month; or estimated."""
 
     skus: dict[str, SkuSpend] = field(default_factory=dict)
     events: int = 0
@@ -184,13 +185,45 @@ class _Charged:
     energy_mj: int = 0
 
 
-class _Known(NamedTuple):
-    """A month's records, summed; `entries` says which."""
+@dataclass(slots=True)
+class _Known:
+    """A month's records, added up: grows with the log, and is as large as its customers and SKUs are many."""
 
-    entries: tuple[int, ...]
-    days: frozenset[int]
-    currency: str
-    customers: Mapping[str, _Charged]
+    entries: int = 0
+    month: Month = field(default_factory=Month)
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    """Of each customer: events, those with a reading of energy, and that, in mJ."""
+    skus: set[str] = field(default_factory=set)
+
+    def add(self, numbered: Numbered, cas: Cas) -> None:
+        record = read_record(numbered.entry, cas)
+        former = self.month.add(numbered, record, cas)
+        if isinstance(record, DayCharges):
+            self._count(former.lines if former else (), -1)
+            self._count(record.lines, 1)
+        self.entries += 1
+
+    def _count(self, lines: Sequence[Line], sign: int) -> None:
+        kinds: dict[tuple[str, ...], dict[str, int]] = defaultdict(lambda: dict.fromkeys(UNITS, 0))
+        for line in lines:
+            kind = line.customer_ref, line.model_name, line.pricing_tier, line.device_class, line.status
+            kinds[kind][line.unit] += line.events
+            one = self.counts.setdefault(intern(line.customer_ref), [0, 0, 0])
+            one[1] += sign * line.energy_known
+            one[2] += sign * line.energy_mj
+            self.skus.add(intern(line.sku))
+        for (ref, *_), of_units in kinds.items():
+            # Each event once: it has a line for each unit that its rules price, and the same units as its kind.
+            self.counts[ref][0] += sign * max(of_units.values())
+
+    def of(self, ref: str) -> _Charged:
+        found = _Charged({}, *self.counts.get(ref, ()))
+        for sku in self.skus:
+            used, issued = self.month.state.used.get((ref, sku)), self.month.state.issued.get((ref, sku))
+            if used is not None or issued is not None:
+                unit, quantity, events = (used.unit, used.quantity, used.events) if used else ("", 0, 0)
+                found.skus[sku] = SkuSpend(sku, unit, quantity, events, Decimal(0) if issued is None else issued)
+        return found
 
 
 Opener = Callable[[], AbstractContextManager[ClickHouse]]
@@ -213,30 +246,39 @@ class Spending:
     def all(self, month: str, customers: Iterable[str]) -> dict[str, Spend]:
         """The spend of each of these customers, at the cost of one read of the log and one of ClickHouse."""
         refs = list(dict.fromkeys(customers))
-        known, limits = self._charged(month), Budgets(self._database, self._clock).all()
-        estimates = self._estimates(month, known, refs)
-        return {ref: self._spend(ref, month, known, estimates[ref], limits.get(ref)) for ref in refs}
+        with self._lock:
+            known = self._read(month)
+            days, charged = frozenset(known.month.state.latest), {ref: known.of(ref) for ref in refs}
+            currency = next((day.currency for day in known.month.state.latest.values()), "")
+        limits = Budgets(self._database, self._clock).all()
+        estimates = self._estimates(month, days, currency, refs)
+        return {
+            ref: self._spend(ref, month, currency, len(days), charged[ref], estimates[ref], limits.get(ref))
+            for ref in refs
+        }
 
     def customers(self, month: str) -> list[str]:
         """Who is charged anything in the month."""
-        return sorted(self._charged(month).customers)
+        with self._lock:
+            return sorted({ref for ref, _ in self._read(month).month.state.issued})
 
     def _spend(
         self,
         ref: str,
         month: str,
-        known: _Known,
+        currency: str,
+        days: int,
+        charged: _Charged,
         estimate: _Charged | str,
         budget: Budget | None,
     ) -> Spend:
-        charged = known.customers.get(ref, _Charged())
         more = estimate if isinstance(estimate, _Charged) else _Charged()
         return Spend(
             customer_ref=ref,
             month=month,
-            currency=known.currency or self.book.currency,
+            currency=currency or self.book.currency,
             charged=tuple(charged.skus[sku] for sku in sorted(charged.skus)),
-            charged_days=len(known.days),
+            charged_days=days,
             estimated=None if isinstance(estimate, str) else tuple(more.skus[sku] for sku in sorted(more.skus)),
             unknown=estimate if isinstance(estimate, str) else "",
             events=charged.events + more.events,
@@ -246,32 +288,32 @@ class Spending:
             budget=budget,
         )
 
-    def _charged(self, month: str) -> _Known:
-        """Read again only where the log has another record of the month."""
+    def _read(self, month: str) -> _Known:
+        """Under the lock. Of what was read before, sums alone are left: the new records are read, one at a time."""
         start_us, end_us = month_bounds(month)
         hour = log_entries.c.hour_us
         query = sa.select(log_entries.c.log_index, log_entries.c.entry).where(
             log_entries.c.type.in_(TYPES), hour >= start_us, hour < end_us
         )
-        with self._lock:
-            with self._database.read() as connection:
-                rows = connection.execute(query.order_by(log_entries.c.log_index)).all()
-            indexes, known = tuple(row.log_index for row in rows), self._known.get(month)
-            if known is None or known.entries != indexes:
-                known = _summed(indexes, [Numbered(r.log_index, parse(bytes(r.entry))) for r in rows], self._cas)
-                self._known.pop(month, None)
-                self._known[month] = known
-                while len(self._known) > REMEMBERED:
-                    del self._known[next(iter(self._known))]
-            return known
+        known = self._known.pop(month, None) or _Known()
+        with self._database.read() as connection:
+            rows = connection.execute(query.order_by(log_entries.c.log_index)).all()
+        for row in rows[known.entries :]:
+            known.add(Numbered(row.log_index, parse(bytes(row.entry))), self._cas)
+        self._known[month] = known  # not after an error: it may be half added
+        while len(self._known) > REMEMBERED:
+            del self._known[next(iter(self._known))]
+        return known
 
-    def _estimates(self, month: str, known: _Known, refs: Sequence[str]) -> dict[str, _Charged | str]:
+    def _estimates(
+        self, month: str, days: frozenset[int], currency: str, refs: Sequence[str]
+    ) -> dict[str, _Charged | str]:
         """Of each customer, what ClickHouse holds of the days without a record; or why that is not known."""
-        spans = _uncharged(month, known.days, self._clock.now_us())
+        spans = _uncharged(month, days, self._clock.now_us())
         if not spans or not refs:
             return {ref: _Charged() for ref in refs}
-        if known.currency and known.currency != self.book.currency:
-            other = f"the month is charged in {known.currency}, the price book is in {self.book.currency}"
+        if currency and currency != self.book.currency:
+            other = f"the month is charged in {currency}, the price book is in {self.book.currency}"
             return dict.fromkeys(refs, other)
         usage: dict[str, list[dict[str, Any]]] = defaultdict(list)
         try:
@@ -324,65 +366,14 @@ def _usage_sql(book: PriceBook) -> str:
 
 def _estimated(book: PriceBook, rows: Sequence[Mapping[str, Any]]) -> _Charged:
     """Rounded for each SKU, as the month would be if this were all of it."""
-    lines = rate(book, rows)
-    found = _Charged(skus=_by_sku(lines))
+    sums: dict[str, Used] = defaultdict(Used)
     with localcontext(EXACT):
-        for sku, one in found.skus.items():
-            exact = sum((Decimal(line.amount) for line in lines if line.sku == sku), Decimal(0))
-            found.skus[sku] = SkuSpend(sku, one.unit, one.quantity, one.events, book.round(exact))
-    found.events = sum(int(row["events"]) for row in rows)
-    found.energy_known = sum(int(row["energy_known"]) for row in rows)
-    found.energy_mj = sum(int(row["energy"]) for row in rows)
-    return found
-
-
-def _summed(indexes: tuple[int, ...], entries: Sequence[Numbered], cas: Cas) -> _Known:
-    month = Month()
-    for numbered in entries:
-        month.add(numbered, cas)
-    customers: dict[str, _Charged] = defaultdict(_Charged)
-    for day in month.state.latest.values():
-        for ref, lines in _by_customer(day.lines).items():
-            one = customers[ref]
-            for sku, found in _by_sku(lines).items():
-                one.skus[sku] = _plus(one.skus.get(sku), found)
-            one.events += _events(lines)
-            one.energy_known += sum(line.energy_known for line in lines)
-            one.energy_mj += sum(line.energy_mj for line in lines)
-    for (ref, sku), amount in month.state.issued.items():
-        found = customers[ref].skus.get(sku) or SkuSpend(sku, "", 0, 0, Decimal(0))
-        customers[ref].skus[sku] = SkuSpend(sku, found.unit, found.quantity, found.events, amount)
-    currency = next((day.currency for day in month.state.latest.values()), "")
-    return _Known(indexes, frozenset(month.state.latest), currency, dict(customers))
-
-
-def _by_customer(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    found: dict[str, list[Line]] = defaultdict(list)
-    for line in lines:
-        found[line.customer_ref].append(line)
-    return found
-
-
-def _by_sku(lines: Iterable[Line]) -> dict[str, SkuSpend]:
-    """Quantities and events; no amounts."""
-    found: dict[str, SkuSpend] = {}
-    for line in lines:
-        one = SkuSpend(line.sku, line.unit, line.quantity, line.events, Decimal(0))
-        found[line.sku] = _plus(found.get(line.sku), one)
-    return found
-
-
-def _plus(one: SkuSpend | None, other: SkuSpend) -> SkuSpend:
-    if one is None:
-        return other
-    quantity, events = one.quantity + other.quantity, one.events + other.events
-    return SkuSpend(one.sku, one.unit, quantity, events, one.amount + other.amount)
-
-
-def _events(lines: Iterable[Line]) -> int:
-    """Each event once, of one day: it has a line for each unit that its rules price, and the same units as its kind."""
-    counts: dict[tuple[str, ...], dict[str, int]] = defaultdict(lambda: dict.fromkeys(UNITS, 0))
-    for line in lines:
-        kind = line.model_name, line.pricing_tier, line.device_class, line.status
-        counts[kind][line.unit] += line.events
-    return sum(max(of_units.values()) for of_units in counts.values())
+        for line in rate(book, rows):
+            sums[line.sku].add(line, 1)
+        skus = {k: SkuSpend(k, one.unit, one.quantity, one.events, book.round(one.amount)) for k, one in sums.items()}
+    return _Charged(
+        skus,
+        sum(int(row["events"]) for row in rows),
+        sum(int(row["energy_known"]) for row in rows),
+        sum(int(row["energy"]) for row in rows),
+    )

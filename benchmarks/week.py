@@ -132,10 +132,13 @@ class Week:
             prune_partials(self._platform.log_objects, checkpoint.size, tomorrow)
 
     def _record(self, minute_us: int) -> None:
-        """The minute's jobs, evenly, and one after the other on the table's devices."""
+        """The minute's jobs, evenly, each on a device of its own: no job takes half a minute, so no two overlap."""
         rows = plain_rows(make_table(self._rate, hour_of(minute_us), self._rng))
         made = [UsageEvent.recorded(row) for row in rows]
-        moved = [_moved(event, minute_us + place * MINUTE_US // self._rate) for place, event in enumerate(made)]
+        moved = [
+            replace(_moved(event, minute_us + place * MINUTE_US // self._rate), device_uuid=f"GPU-{place}")
+            for place, event in enumerate(made)
+        ]
         with self._platform.database.write() as connection:
             recorded = self._platform.outbox.record(connection, LIVE, moved)
         self._fast.publish(table_from_events(recorded))

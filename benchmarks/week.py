@@ -44,7 +44,6 @@ from render_platform.errors import Finding, PlatformError
 from render_platform.events import Totals, UsageEvent, plain_rows, table_from_events
 from render_platform.fast_path import FastPath
 from render_platform.gateway.reporter import report_metadata
-from render_platform.outbox import LIVE
 from render_platform.pipeline import Platform, open_platform
 from render_platform.tiles import PARTIALS_KEPT_US, prune_partials
 from resources.local import LocalDagster
@@ -54,6 +53,8 @@ BEGIN, END = "<!-- week -->", "<!-- /week -->"
 DOCUMENT = CHECKOUT / "docs" / "benchmarks.md"
 PACKAGES = ("dagster", "duckdb", "chdb", "pyarrow", "sqlalchemy")
 FIRST_US = time_us("2024-01-01T00:00:00Z")
+LANE = "trace/week"
+"""Its clock is its own: runs have the machine's, and would declare the hours of `live` up to now complete."""
 MINUTE_US = 60 * US_PER_SECOND
 RECONCILE_MINUTES = 5
 RUNS_A_DAY = 24 * 60 * 3 + 24 * 12
@@ -99,7 +100,7 @@ class Week:
         self._midnights: list[datetime] = []
         self.events = 0
         with platform.database.write() as connection:
-            platform.outbox.open_lane(connection, LIVE, FIRST_US)
+            platform.outbox.open_lane(connection, LANE, FIRST_US)
 
     def close(self) -> None:
         self._instance.dispose()
@@ -120,12 +121,12 @@ class Week:
                 self._report(minute_us)
         if number >= retention_days:
             prune(self._instance, self._midnights[number - retention_days + 1])
-        self._platform.prune()
-        self._prune_partials()
+        self._prune_evident(begin_us + (1 - max(2, retention_days)) * DAY_US)
         return self._measure()
 
-    def _prune_partials(self) -> None:
-        """As if a day had gone by since: files are as old as the machine's clock says."""
+    def _prune_evident(self, before_us: int) -> None:
+        """What housekeeping does for `live` and the log, as if a day had gone by since files were written."""
+        self._platform.outbox.prune(self._platform.cas, LANE, before_us)
         checkpoint = self._platform.log.published()
         if checkpoint is not None:
             tomorrow = ManualClock(SystemClock().now_us() + PARTIALS_KEPT_US)
@@ -140,7 +141,7 @@ class Week:
             for place, event in enumerate(made)
         ]
         with self._platform.database.write() as connection:
-            recorded = self._platform.outbox.record(connection, LIVE, moved)
+            recorded = self._platform.outbox.record(connection, LANE, moved)
         self._fast.publish(table_from_events(recorded))
         self.events += len(recorded)
 
@@ -188,8 +189,11 @@ class Week:
         return int(pages) * int(size)
 
     def finish(self) -> None:
-        """The last hours are reported; Finding where an event or a verdict is missing."""
-        self._clock.move_to(self._clock.now_us() + self._settings.fast_path_deadline_s * US_PER_SECOND)
+        """The lane ends, the last hours are reported; Finding where an event or a verdict is missing."""
+        end_us = self._clock.now_us()
+        with self._platform.database.write() as connection:
+            deadline_us = self._settings.fast_path_deadline_s * US_PER_SECOND
+            self._platform.outbox.finish_lane(connection, LANE, end_us + deadline_us)
         self._platform.flush()
         for hour in self._platform.hours.due():
             self._platform.reconcile(hour)
@@ -205,7 +209,7 @@ def run(days: int, rate: int, runs: int, retention_days: int, folder: Path, seed
     """Everything, in `folder`."""
     measured_at = iso(SystemClock().now_us() // US_PER_SECOND * US_PER_SECOND)
     described = describe_machine(folder)
-    settings = load_settings(environ={}, state_dir=folder / "state", outbox_retention_days=max(2, retention_days))
+    settings = load_settings(environ={}, state_dir=folder / "state")
     with timed() as wall, _week(settings, rate, seed) as week:
         found = []
         for number in range(days):

@@ -251,8 +251,8 @@ class Outbox:
                     totals[gateway, model, status] = Totals(known.events + count, ns)
         return totals
 
-    def prune(self, cas: Cas, before_us: int) -> int:
-        """Delete published rows of the live lane from before a time, with their jobs; gives how many.
+    def prune(self, cas: Cas, lane: str, before_us: int) -> int:
+        """Delete published rows of a lane from before a time, with their jobs; gives how many.
 
         The evidence has them, and `pruned_events` says where. A batch's rows go once its object reads back with these
         very rows: Finding where it does not. Of each epoch the last job stays, since numbers count on from it, and so
@@ -260,7 +260,7 @@ class Outbox:
         """
         batch, pruned = batches.c, 0
         own = sa.select(sa.literal(1)).where(usage_events.c.batch_id == batch.batch_id, ~_NEEDED)
-        old = (batch.state == "published", batch.lane == LIVE, batch.last_recorded_at < before_us, own.exists())
+        old = (batch.state == "published", batch.lane == lane, batch.last_recorded_at < before_us, own.exists())
         with self._database.read() as connection:
             found = connection.execute(sa.select(batches).where(*old).order_by(batch.ordinal)).all()
         for one in found:

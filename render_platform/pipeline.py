@@ -31,7 +31,7 @@ from render_platform.evidence import Evidence, Progress, Verification
 from render_platform.hours import Hours, entries_of_hour, mark_dirty
 from render_platform.keyring import Keyring, Pinned, open_signers, settle_key_files
 from render_platform.note import Checkpoint, Signer, Verifier, load_or_create_key
-from render_platform.outbox import Outbox
+from render_platform.outbox import LIVE, Outbox
 from render_platform.reconciler import DuckDB, Evidenced, Reconciler, RepairOutcome
 from render_platform.reconciliation import HourReport
 from render_platform.repair import Repairs
@@ -181,7 +181,7 @@ class Platform:
 
     def prune(self) -> int:
         """Live events, and their jobs, that are older than `outbox_retention_days` leave SQL; see Outbox.prune."""
-        return self.outbox.prune(self.cas, self.clock.now_us() - self.settings.outbox_retention_days * DAY_US)
+        return self.outbox.prune(self.cas, LIVE, self.clock.now_us() - self.settings.outbox_retention_days * DAY_US)
 
     def query(self, sql: str) -> pa.Table:
         """One SELECT over `usage_events`: the rows of every published batch, digests checked."""

@@ -262,7 +262,7 @@ def alter_all(state: Path, sql: str) -> None:
 
 def prune_later(state: Path) -> int:
     with platform_of(state) as platform:
-        return platform.outbox.prune(platform.cas, platform.clock.now_us() + DAY_US)
+        return platform.outbox.prune(platform.cas, LIVE, platform.clock.now_us() + DAY_US)
 
 
 @pytest.mark.parametrize(

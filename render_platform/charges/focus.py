@@ -78,7 +78,7 @@ x_PriceBookVersion x_PricingTier x_RecordDigest x_Revision x_UnmeasuredEvents
 """
 _FIELDS = [pa.field(name, _TYPES.get(name, _STRING)) for name in _COLUMNS.split()]
 SCHEMA = pa.schema(_FIELDS, {"focus_version": FOCUS_VERSION})
-"""The columns of FOCUS 1.2 in its order, then ours, which begin with `x_`."""
+"""All columns of FOCUS 1.2, sorted by name as its text is, then ours, which begin with `x_`."""
 _UNITS = {
     "gpu_second": "GPU-Seconds",
     "input_token": "Tokens",
@@ -298,7 +298,7 @@ def _priced(key: _Key, figures: _Figures, billed: Decimal, currency: str) -> dic
         "ResourceType": device and "GPU",
         "SkuId": key.sku,
         "SkuMeter": _METERS[key.unit],
-        "SkuPriceDetails": json.dumps({"BilledShare": key.billed}),
+        "SkuPriceDetails": json.dumps({"x_BilledShare": key.billed}),
         "SkuPriceId": key.sku if Decimal(key.billed) == 1 else f"{key.sku}/{key.billed}",
         "SubAccountId": key.customer_ref,
         "SubAccountName": key.customer_ref,

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dagster as dg
 import pytest
@@ -30,6 +30,7 @@ from render_platform.events import table_from_events
 from render_platform.hours import LastReport
 from tests.chdb_server import dsn_of
 from tests.commands import CHECKOUT, clean_environment
+from tests.conftest import SEED
 from tests.factories import START_US
 from tests.platforms import record
 from tests.test_dagster_layer import (
@@ -96,6 +97,97 @@ def said(location: Location) -> dict[str | None, dict[str, Any]]:
     return of_partition(list(reversed(location.materializations("reconciliation"))))
 
 
+@contextmanager
+def shared_location(state: Path, **more: str) -> Iterator[Location]:
+    """A state whose ClickHouse other processes can reach too."""
+    with open_location(state, RENDER_PLATFORM_CLICKHOUSE_DSN=dsn_of("bridge"), **more) as opened:
+        yield opened
+
+
+def environment(location: Location) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name.startswith("RENDER_PLATFORM_")}
+    return clean_environment({**kept, "DAGSTER_HOME": str(location.state / "dagster")})
+
+
+def until(reached: Callable[[], bool], within_s: float = 120, every_s: float = 0.05) -> None:
+    deadline = time.monotonic() + within_s
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(every_s)
+
+
+# From the UI, by the daemon. It looks every half a minute: the other tests run meanwhile.
+
+
+class Launched(NamedTuple):
+    """A state over which Dagster runs with its UI, and the backfill that was launched there."""
+
+    state: Path
+    database: str
+    url: str
+    begun: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def from_ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    state = tmp_path_factory.mktemp("ui") / "state"
+    with shared_location(state) as location:
+        record_hours(location, random.Random(f"{SEED}/ui"), 5)
+        given, database = environment(location), os.environ["RENDER_PLATFORM_CLICKHOUSE_DATABASE"]
+    with dagster_dev(state / "dev.log", given) as url:
+        begun = graphql(url, LAUNCH, names=[hour_key(hour) for hour in hours(5)])["launchPartitionBackfill"]
+        yield Launched(state, database, url, begun)
+
+
+@contextmanager
+def dagster_dev(log: Path, given: Mapping[str, str]) -> Iterator[str]:
+    """The URL of a webserver and daemon over the code location; they are one process group, killed at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with log.open("w") as output:
+        dev = subprocess.Popen(
+            [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)],
+            cwd=CHECKOUT,
+            env=given,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: answers(url) or dev.poll() is not None)
+        assert dev.poll() is None, log.read_text()
+        yield url
+    finally:
+        os.killpg(dev.pid, signal.SIGKILL)
+        dev.wait(30)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/server_info", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def graphql(url: str, query: str, **variables: Any) -> Any:
+    data = json.dumps({"query": query, "variables": variables}).encode()
+    request = urllib.request.Request(f"{url}/graphql", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)["data"]
+
+
+def status(launched: Launched) -> str:
+    found = graphql(launched.url, STATUS, id=launched.begun["backfillId"])
+    return str(found["partitionBackfillOrError"]["status"])
+
+
+def test_a_backfill_is_launched_from_the_ui(from_ui: Launched) -> None:
+    assert from_ui.begun["__typename"] == "LaunchBackfillSuccess", from_ui.begun
+
+
 # A backfill says what the live run said, or what has changed since.
 
 
@@ -156,18 +248,6 @@ def test_an_hour_that_cannot_be_read_spoils_no_other(location: Location, rng: ra
 # From the command line, cut off and launched again.
 
 
-@contextmanager
-def shared_location(state: Path) -> Iterator[Location]:
-    """A state whose ClickHouse other processes can reach too."""
-    with open_location(state, RENDER_PLATFORM_CLICKHOUSE_DSN=dsn_of("bridge")) as opened:
-        yield opened
-
-
-def environment(location: Location) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name.startswith("RENDER_PLATFORM_")}
-    return clean_environment({**kept, "DAGSTER_HOME": str(location.state / "dagster")})
-
-
 def launch_range(location: Location, count: int) -> subprocess.Popen[str]:
     """What `dg launch --assets reconciliation --partition-range` calls, under its older name."""
     command = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "definitions", "-a", "ranges"]
@@ -181,13 +261,6 @@ def launch_range(location: Location, count: int) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-
-
-def until(reached: Callable[[], bool], within_s: float = 120) -> None:
-    deadline = time.monotonic() + within_s
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_range_that_is_killed_keeps_what_is_done_and_goes_on_when_launched_again(
@@ -214,71 +287,6 @@ def test_a_range_that_is_killed_keeps_what_is_done_and_goes_on_when_launched_aga
         assert set(found) == {hour_key(hour) for hour in hours(count)}
         assert found[hour_key(START_US)]["changed"] == "unchanged since revision 1"
         assert found[hour_key(hours(count)[-1])]["changed"] == "first report"
-
-
-# From the UI, by the daemon.
-
-
-@contextmanager
-def dagster_dev(location: Location) -> Iterator[str]:
-    """The URL of a webserver and daemon over the code location; both are gone afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = location.state / "dev.log"
-    with log.open("w") as output:
-        dev = subprocess.Popen(
-            [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(port)],
-            cwd=CHECKOUT,
-            env=environment(location),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until(lambda: answers(url) or dev.poll() is not None)
-        assert dev.poll() is None, log.read_text()
-        yield url
-    finally:
-        dev.terminate()
-        try:
-            dev.wait(timeout=30)
-        finally:
-            os.killpg(dev.pid, signal.SIGKILL) if dev.poll() is None else None
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/server_info", timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def graphql(url: str, query: str, **variables: Any) -> Any:
-    data = json.dumps({"query": query, "variables": variables}).encode()
-    request = urllib.request.Request(f"{url}/graphql", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)["data"]
-
-
-def test_a_backfill_from_the_ui_is_one_run_of_the_daemon_s(tmp_path: Path, rng: random.Random) -> None:
-    with shared_location(tmp_path / "state") as location:
-        record_hours(location, rng, 5)
-        with dagster_dev(location) as url:
-            begun = graphql(url, LAUNCH, names=[hour_key(hour) for hour in hours(5)])["launchPartitionBackfill"]
-            assert begun["__typename"] == "LaunchBackfillSuccess", begun
-
-            def status() -> str:
-                return str(graphql(url, STATUS, id=begun["backfillId"])["partitionBackfillOrError"]["status"])
-
-            until(lambda: status() not in ("REQUESTED",), within_s=240)
-            assert status() == "COMPLETED_SUCCESS"
-        runs = location.instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": begun["backfillId"]}))
-        assert [list(hours_of(run)) for run in runs] == [hours(5)]
-        assert logged(location) == names_of(5)
-        assert set(said(location)) == {hour_key(hour) for hour in hours(5)}
 
 
 def test_backfills_are_runs_of_a_month_one_at_a_time(location: Location) -> None:
@@ -326,3 +334,16 @@ def events_of(location: Location, kind: DagsterEventType) -> Sequence[int]:
     run = location.instance.get_runs(dg.RunsFilter(job_name="reconcile"))[-1]
     records = location.instance.get_records_for_run(run.run_id, of_type=kind, limit=200).records
     return [len(dg.serialize_value(record.event_log_entry)) for record in records]
+
+
+# The backfill from the UI, once more.
+
+
+def test_a_backfill_from_the_ui_is_one_run_of_the_daemon_s(from_ui: Launched) -> None:
+    until(lambda: status(from_ui) != "REQUESTED", within_s=240, every_s=0.5)
+    assert status(from_ui) == "COMPLETED_SUCCESS"
+    with shared_location(from_ui.state, RENDER_PLATFORM_CLICKHOUSE_DATABASE=from_ui.database) as location:
+        runs = location.instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": from_ui.begun["backfillId"]}))
+        assert [list(hours_of(run)) for run in runs] == [hours(5)]
+        assert logged(location) == names_of(5)
+        assert set(said(location)) == {hour_key(hour) for hour in hours(5)}

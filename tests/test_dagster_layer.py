@@ -30,6 +30,7 @@ from resources.platform import PlatformResource
 from sensors.outbox import outbox_backlog
 from tests.commands import CHECKOUT, clean_environment, own_clickhouse, restored_process
 from tests.factories import START_US, make_event
+from tests.homes import give_home
 from tests.platforms import LIVE, make_platform, record
 
 NOWHERE = "http://127.0.0.1:9"
@@ -203,6 +204,7 @@ def open_location(state: Path, **environment: str) -> Iterator[Location]:
             if name.startswith("RENDER_PLATFORM_CLICKHOUSE")
         }
         platform = make_platform(state, SystemClock(), **options)
+        give_home(platform.settings.dagster_home)
         local = LocalDagster(platform.settings)
         try:
             yield Location(state, platform, local, patch)

@@ -31,11 +31,13 @@ from resources.platform import PlatformResource
 from sensors.housekeeping import prune_ticks
 from tests.chdb_server import bridge_over, fresh_database
 from tests.commands import CHECKOUT
+from tests.conftest import SEED
 from tests.platforms import LIVE, record
 from tests.test_dagster_kills import running_daemon
 from tests.test_dagster_layer import (
     Location,
     location,  # noqa: F401  fixtures
+    open_location,
     sound_events,
 )
 
@@ -105,11 +107,17 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+@pytest.fixture(scope="module")
+def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Location]:
+    """A busy state: ticks only read the platform, and what one leaves in the instance is under its own name."""
+    with open_location(tmp_path_factory.mktemp("busy") / "state", RENDER_PLATFORM_BACKLOG_ROWS="3") as made:
+        make_busy(made.platform, random.Random(f"{SEED}/busy"))
+        yield made
+
+
 @pytest.mark.parametrize("name", sorted(ASKS_FOR))
-def test_a_tick_on_a_busy_platform_asks_for_what_can_run(location: Location, rng: random.Random, name: str) -> None:
-    make_busy(location.platform, rng)
-    location.patch.setenv("RENDER_PLATFORM_BACKLOG_ROWS", "3")  # they were recorded just now
-    requests = evaluate(location.instance, location.resource, name)
+def test_a_tick_on_a_busy_platform_asks_for_what_can_run(busy: Location, name: str) -> None:
+    requests = evaluate(busy.instance, busy.resource, name)
     assert bool(requests) == (ASKS_FOR[name] is not None)
     for request in requests:
         job = defs.resolve_job_def(ASKS_FOR[name] or "")

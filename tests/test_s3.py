@@ -7,6 +7,7 @@ import hashlib
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -135,10 +136,14 @@ def refused(call: str, store: ObjectStore) -> Unavailable:
     return error.value
 
 
+def all_refused(store: ObjectStore) -> None:
+    """Each call in a thread of its own: they wait for their second attempts together."""
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        list(pool.map(lambda call: refused(call, store), CALLS))
+
+
 def test_nobody_listens() -> None:
-    store = quick(f"http://127.0.0.1:{free_port()}")
-    for call in CALLS:
-        refused(call, store)
+    all_refused(quick(f"http://127.0.0.1:{free_port()}"))
 
 
 FAULTS: dict[str, Answer | None] = {
@@ -166,10 +171,8 @@ def test_an_answer_that_is_none(fake: Scripted, fault: str) -> None:
 
 def test_a_store_that_does_not_answer(fake: Scripted) -> None:
     answer_later = threading.Event()
-    store = quick(fake.url)
     fake.answers = [answer_later]
-    for call in CALLS:
-        refused(call, store)
+    all_refused(quick(fake.url))
     answer_later.set()
 
 

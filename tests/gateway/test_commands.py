@@ -7,15 +7,19 @@ import signal
 import socket
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.commands import run_command
+from tests.commands import run_command, run_inside
 from tests.gateway.processes import running_gateway
+from tests.platforms import make_platform, record_random
 
 NUMBERS = ("accepted", "queued", "running", "finished", "failed", "events", "sealed", "published", "fast_path_dropped")
+AFTER_OPENING = ("there are no API keys", "meter", "issuer a")
+"""What is wrong is seen when the state is open, which the end of the process closes."""
 CHAT = {"model": "llama-8b", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
 
 
@@ -31,7 +35,7 @@ def ask(address: str, path: str, body: Any = None, key: str = "") -> tuple[int, 
 
 
 def status(state: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads(run_command("status", "--state", str(state), "--json").stdout)
+    found: dict[str, int] = json.loads(run_inside("status", "--state", str(state), "--json").stdout)
     return found
 
 
@@ -81,6 +85,21 @@ def test_a_second_gateway_on_a_state_folder_is_refused(tmp_path: Path) -> None:
     assert "another gateway serves" in second.stderr
 
 
+def test_a_database_that_is_older_than_its_log_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """It is found out when the gateway starts: nobody is shown how the server came to say so."""
+    state = tmp_path / "state"
+    with closing(make_platform(state)) as platform:
+        record_random(platform, 3, 1)
+        platform.flush()
+    for file in state.glob("platform.db*"):
+        file.unlink()
+    done = run_command("serve", "--state", str(state), "--port", "0")
+    assert (done.code, done.stdout) == (3, "")
+    said, remedy = done.stderr.splitlines()
+    assert said.startswith("error: the published log has ")
+    assert remedy.strip() == "→ the database is an older copy: run `render-platform recover` first"
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -99,7 +118,8 @@ def test_a_second_gateway_on_a_state_folder_is_refused(tmp_path: Path) -> None:
 def test_a_configuration_that_cannot_be_served_says_why(tmp_path: Path, text: str, named: str) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(text)
-    done = run_command("serve", "--state", str(tmp_path / "state"), "--config", str(file), "--port", "0")
+    run = run_command if named in AFTER_OPENING else run_inside
+    done = run("serve", "--state", str(tmp_path / "state"), "--config", str(file), "--port", "0")
     assert done.code in (2, 3)
     assert named in done.stderr
     assert "secret" not in done.stderr
@@ -108,14 +128,14 @@ def test_a_configuration_that_cannot_be_served_says_why(tmp_path: Path, text: st
 
 def test_keys_are_shown_once_and_can_be_revoked(tmp_path: Path) -> None:
     state = ("--state", str(tmp_path / "state"))
-    key = run_command("key", "create", "acme", "--tier", "premium", *state).stdout.strip()
-    listed = json.loads(run_command("key", "list", "--json", *state).stdout)
+    key = run_inside("key", "create", "acme", "--tier", "premium", *state).stdout.strip()
+    listed = json.loads(run_inside("key", "list", "--json", *state).stdout)
     assert [(row["customer"], row["tier"], row["revoked"]) for row in listed] == [("acme", "premium", None)]
-    assert key not in run_command("key", "list", *state).stdout
+    assert key not in run_inside("key", "list", *state).stdout
     with running_gateway(tmp_path, "") as (_, address):
         assert ask(address, "/v1/chat/completions", CHAT)[0] == 401
         assert ask(address, "/v1/chat/completions", CHAT, key)[0] == 200
-    assert run_command("key", "revoke", listed[0]["key_id"], *state).code == 0
+    assert run_inside("key", "revoke", listed[0]["key_id"], *state).code == 0
     with running_gateway(tmp_path, "") as (_, address):
         assert ask(address, "/v1/chat/completions", CHAT, key)[0] == 401
     database = (tmp_path / "state/platform.db").read_bytes() + (tmp_path / "errors.log").read_bytes()
@@ -134,7 +154,7 @@ def test_keys_are_shown_once_and_can_be_revoked(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    done = run_command(*arguments, "--state", str(tmp_path / "none"))
+    done = run_inside(*arguments, "--state", str(tmp_path / "none"))
     assert done.code == 2
     assert done.stderr.startswith("error: ")
     assert "→" in done.stderr

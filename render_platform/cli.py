@@ -24,7 +24,7 @@ from render_platform.errors import Finding, SequencerStopped, Unavailable, Usage
 from render_platform.evidence_commands import COMMANDS
 from render_platform.gateway.commands import config_option, key, serve, status
 from render_platform.note import load_key
-from render_platform.operations.commands import alert
+from render_platform.operations.commands import alert, doctor
 from render_platform.options import Group, Time, json_option, plain, print_json, state_option
 from render_platform.pipeline import Platform, open_platform
 from render_platform.reconciliation import HourReport, worst
@@ -292,6 +292,7 @@ main.add_command(serve)
 main.add_command(status)
 main.add_command(key)
 main.add_command(alert)
+main.add_command(doctor)
 for command in (*COMMANDS, *CHARGE_COMMANDS):
     main.add_command(command)
 

@@ -45,6 +45,14 @@ def test_materialize_a_flush(page: Page, program: Program, keep: Keep) -> None:
     assert status(program)["published"] >= recorded > 0
 
 
+def test_the_doctor_finds_everything_well(program: Program) -> None:
+    parts = {"DAGSTER": program.dagster, "GATEWAY": program.gateway}
+    env = {f"RENDER_PLATFORM_{name}_PORT": url.rpartition(":")[2] for name, url in parts.items()}
+    found = run_command("doctor", "--state", program.state, "--json", env=env).json
+    assert {one["part"]: one["says"] for one in found if one["status"] != "good" and one["part"] != "disk"} == {}
+    assert len(found) == 10
+
+
 def test_an_hours_verdict_has_its_table_and_its_plot(page: Page, program: Program, keep: Keep) -> None:
     dagster.open_asset(page, program, "reconciliation")
     dagster.launch(page, dagster.choose_partitions(page, HOUR, 1))

@@ -1,0 +1,251 @@
+"""`doctor`: each part that the configuration names is tried, and what is wrong is said with what to do about it.
+
+A part is tried as its user would: the database takes a write lock, a store gets a probe key twice, the newest entries
+of the log are hashed again. Nothing is left behind: no more is made than by any command that opens the state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import sqlalchemy as sa
+
+from render_platform.cas import open_objects
+from render_platform.clickhouse import open_clickhouse, pending_migrations
+from render_platform.clock import US_PER_SECOND, Clock, Ids, iso
+from render_platform.config import Settings
+from render_platform.database import lanes
+from render_platform.errors import PlatformError, Unavailable
+from render_platform.objects import check_store
+from render_platform.outbox import LIVE
+from render_platform.pipeline import Platform, open_platform
+
+GOOD, WARNING, BAD, UNAVAILABLE, OFF = "good", "warning", "bad", "unavailable", "off"
+LEAST_FREE_BYTES, FEW_FREE_BYTES = 1024**3, 10 * 1024**3
+MAX_SKEW_US = 5 * US_PER_SECOND
+SAFE_SQLITE = (3, 51, 3)
+"""The first in which a log of writes that is reset under several writers is whole."""
+ANSWER_S = 5
+MAX_ANSWER_BYTES = 1024**2
+_DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was found of one part. `off`: it does not run now, which need not be wrong."""
+
+    part: str
+    status: str
+    says: str
+    remedy: str = ""
+    ms: int = 0
+
+
+class Found(NamedTuple):
+    status: str
+    says: str
+    remedy: str = ""
+
+
+class Doctor:
+    def __init__(self, settings: Settings, clock: Clock, ids: Ids) -> None:
+        self._settings, self._clock, self._ids = settings, clock, ids
+
+    def examine(self) -> Iterator[Diagnosis]:
+        """One part after the other; what fails in one keeps no other from being looked at."""
+        yield self._of("state folder", self._folder)
+        yield self._of("disk", self._disk)
+        standing = self._settings.database_path.exists()
+        for name in ("blobs", "log") if standing or self._settings.objects_url else ():
+            yield self._of(f"store of {name}", partial(self._store, name))
+        for part, look in (("database", self._database), ("clock", self._live_clock), ("log", self._log)):
+            if standing:
+                yield self._of(part, partial(self._opened, look))
+        if standing or self._settings.clickhouse_dsn:
+            yield self._of("ClickHouse", self._clickhouse)
+        yield self._of("gateway", self._gateway)
+        yield self._of("Dagster", self._dagster)
+
+    def _of(self, part: str, look: Callable[[], Found]) -> Diagnosis:
+        begun_ns = time.perf_counter_ns()
+        try:
+            found = look()
+        except Unavailable as error:
+            found = Found(UNAVAILABLE, error.message, error.remedy)
+        except PlatformError as error:
+            found = Found(BAD, error.message, error.remedy or "run `render-platform verify`")
+        except OSError as error:
+            found = Found(
+                UNAVAILABLE, f"{error.filename or ''} {error.strerror or error}".strip(), "check path and rights"
+            )
+        return Diagnosis(part, *found, ms=(time.perf_counter_ns() - begun_ns) // 1_000_000)
+
+    def _opened(self, look: Callable[[Platform], Found]) -> Found:
+        with open_platform(self._settings, self._clock, self._ids) as platform:
+            return look(platform)
+
+    def _folder(self) -> Found:
+        folder = self._settings.state_dir
+        if not self._settings.database_path.exists():
+            return Found(
+                OFF, f"{folder} holds no platform state", "run `render-platform up` or `demo`, or give --state DIR"
+            )
+        secret = [folder, self._settings.database_path, *sorted(self._settings.keys_dir.glob("*.key"))]
+        if shared := [path for path in secret if stat.S_IMODE(path.stat().st_mode) & 0o077]:
+            names = ", ".join(str(path) for path in shared)
+            return Found(BAD, f"others may read {names}: keys, customers' ids and salts", f"chmod go-rwx {shared[0]}")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return Found(BAD, f"{folder} cannot be written to", "run as its owner")
+        return Found(GOOD, f"{folder}, its owner's alone")
+
+    def _disk(self) -> Found:
+        folder = self._settings.state_dir
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        found = os.statvfs(folder)
+        says = f"{free / 1e9:,.1f} GB free at {folder}"
+        if found.f_files and found.f_favail < 100_000:
+            return Found(WARNING, f"{found.f_favail:,} files more fit at {folder}: each batch takes two", "make room")
+        if free < LEAST_FREE_BYTES:
+            return Found(BAD, says, "make room: with a full disk nothing is accepted")
+        return Found(WARNING, says, "make room soon") if free < FEW_FREE_BYTES else Found(GOOD, says)
+
+    def _store(self, name: str) -> Found:
+        objects = open_objects(self._settings, self._ids)[("blobs", "log").index(name)]
+        where = f"{self._settings.objects_url or self._settings.state_dir}/{name}"
+        check_store(objects, self._ids, where)
+        return Found(GOOD, f"{where} keeps what was written first, and gives it back")
+
+    def _database(self, platform: Platform) -> Found:
+        with platform.database.write() as connection:  # waits for other writers, as all do
+            mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+            durable = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
+            version = str(connection.exec_driver_sql("SELECT sqlite_version()").scalar_one())
+        if (mode, durable) != ("wal", 2):
+            return Found(
+                BAD, f"SQLite runs with {mode} and synchronous={durable}", "let no other program change its settings"
+            )
+        if tuple(map(int, version.split("."))) < SAFE_SQLITE:
+            return Found(WARNING, f"SQLite {version} may lose a reset of its log of writes", "install pysqlite3-binary")
+        return Found(GOOD, f"SQLite {version}, WAL, synchronous=FULL; takes writes")
+
+    def _live_clock(self, platform: Platform) -> Found:
+        """Against the newest event: of a clock that was set back, events are recorded at the time before."""
+        with platform.database.read() as connection:
+            frontier = connection.execute(sa.select(lanes.c.frontier_us).filter_by(lane=LIVE)).scalar() or 0
+        ahead_us = int(frontier) - self._clock.now_us()
+        if ahead_us > MAX_SKEW_US:
+            says = f"this clock is {ahead_us // US_PER_SECOND:,} s behind what was recorded last, {iso(int(frontier))}"
+            return Found(BAD, says, "set it by NTP; until it has caught up, events are recorded at that time")
+        return Found(GOOD, f"{iso(self._clock.now_us())}, not behind what was recorded last")
+
+    def _log(self, platform: Platform) -> Found:
+        checked, published = platform.log.check_tail(), platform.log.published()
+        backlog = platform.outbox.backlog()
+        size = "nothing is published yet" if published is None else f"{published.size:,} entries are published"
+        says = f"{size}; the newest {checked} hash to it; {backlog.rows:,} events and {backlog.batches} batches wait"
+        if backlog.oldest_recorded_at is not None:
+            age_s = (self._clock.now_us() - backlog.oldest_recorded_at) // US_PER_SECOND
+            if age_s > 10 * self._settings.backlog_age_s:
+                return Found(
+                    WARNING, f"{says}, since {age_s:,} s", "start Dagster (`render-platform up`), or run `flush`"
+                )
+        return Found(GOOD, says)
+
+    def _clickhouse(self) -> Found:
+        settings = self._settings
+        pending = pending_migrations(settings.clickhouse_url, settings.clickhouse_database)
+        if pending:
+            return Found(WARNING, f"{len(pending)} migrations are pending", "run `render-platform migrate`")
+        with closing(open_clickhouse(settings.clickhouse_url, settings.clickhouse_database)) as clickhouse:
+            before_us = self._clock.now_us()
+            row = clickhouse.query(
+                "SELECT version() AS version, toUnixTimestamp64Micro(now64(6)) AS now_us"
+            ).to_pylist()[0]
+            after_us = self._clock.now_us()
+        skew_us = max(before_us - row["now_us"], row["now_us"] - after_us, 0)
+        if skew_us > MAX_SKEW_US:
+            says = f"its clock and this one are {skew_us // US_PER_SECOND:,} s apart"
+            return Found(BAD, says, "set both by NTP: retention and freshness are judged by them")
+        return Found(GOOD, f"{row['version']}, no migration pending, clocks agree")
+
+    def _gateway(self) -> Found:
+        host = self._settings.gateway_host if self._settings.gateway_host != "0.0.0.0" else "127.0.0.1"  # noqa: S104
+        answer = _ask(f"http://{host}:{self._settings.gateway_port}/ready")
+        if answer is None:
+            return Found(
+                OFF, f"nothing listens on port {self._settings.gateway_port}", "run `render-platform serve` or `up`"
+            )
+        problems = answer.get("problems")
+        if problems is None:
+            return Found(
+                BAD, f"port {self._settings.gateway_port} is something else's", "set gateway_port to a free one"
+            )
+        if problems:
+            return Found(UNAVAILABLE, f"it takes no work: {'; '.join(map(str, problems))}", "see docs/runbook.md")
+        return Found(
+            GOOD, f"{answer.get('gateway')} takes work, epoch {answer.get('epoch')}, meter {answer.get('meter')}"
+        )
+
+    def _dagster(self) -> Found:
+        base = self._settings.dagster_url.rstrip("/") or f"http://127.0.0.1:{self._settings.dagster_port}"
+        answer = _ask(f"{base}/graphql", json.dumps({"query": _DAEMONS}).encode())
+        if answer is None:
+            return Found(
+                OFF, f"nothing answers at {_shown(base)}", "run `render-platform up`: nothing is sealed without it"
+            )
+        try:
+            found = answer["data"]["instance"]["daemonHealth"]["allDaemonStatuses"]
+            ill = sorted(one["daemonType"] for one in found if one["required"] and not one["healthy"])
+        except (KeyError, TypeError):
+            return Found(BAD, f"{_shown(base)} is not Dagster's UI", "set dagster_url, or dagster_port to a free one")
+        if ill:
+            return Found(
+                BAD, f"daemons are not healthy: {', '.join(ill)}", "see the UI's page Deployment, and restart it"
+            )
+        return Found(GOOD, f"{len(found)} daemons, all that are needed are healthy")
+
+
+def exit_code(found: list[Diagnosis]) -> int:
+    """0 where nothing is wrong, 1 where something is, 3 where a part cannot be used."""
+    statuses = {one.status for one in found}
+    return 3 if UNAVAILABLE in statuses else 1 if BAD in statuses else 0
+
+
+def _shown(url: str) -> str:
+    """Without what may be secret in it."""
+    return f"{urlsplit(url).hostname}:{urlsplit(url).port or ''}".rstrip(":")
+
+
+def _ask(url: str, body: bytes | None = None) -> Any | None:
+    """The JSON that is answered, whatever the status; an empty object for anything else; None where nobody listens."""
+    headers = {"content-type": "application/json"} if body is not None else {}
+    request = urllib.request.Request(url, body, headers)  # noqa: S310  of the configuration
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310
+            data = answer.read(MAX_ANSWER_BYTES)
+    except urllib.error.HTTPError as error:
+        data = error.read(MAX_ANSWER_BYTES)
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError):
+            return None
+        raise Unavailable(
+            f"{_shown(url)} does not answer: {error.reason}", "check that address and port are right"
+        ) from None
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError):
+        return {}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
@@ -13,6 +14,7 @@ from assets.jobs import HOURS, IN_PROGRESS, START, hour_key, ranges, tags_of
 from render_platform.clock import iso
 from render_platform.config import Settings
 from render_platform.errors import Unavailable, UsageError
+from render_platform.up import only_one
 
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
@@ -29,6 +31,8 @@ run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false
 run_monitoring: {enabled: true, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 20}
 """
 LOCAL_TAG = "render_platform/local"
+LAUNCHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
+ENDED = "the process that ran it ended"
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -58,13 +62,25 @@ class LocalDagster:
             self._lock.close()
             raise Unavailable(f"another process works in {settings.state_dir}", "let it finish, or end it") from None
         self._instance = dg.DagsterInstance.from_config(str(home))
-        self._end_orphans()
+        self._end_orphans(home / "up.lock")
 
-    def _end_orphans(self) -> None:
-        """Runs of a process that was killed would stay in progress, and keep their pool's slot, for ever."""
-        orphans = dg.RunsFilter(statuses=IN_PROGRESS, tags={LOCAL_TAG: "yes"})
-        for run in self._instance.get_runs(orphans):
-            self._instance.report_run_failed(run, "the process that ran it ended")
+    def _end_orphans(self, up_lock: Path) -> None:
+        """Runs of a process that was killed would stay in progress, and keep their pool's slot, for ever.
+
+        Those of this process's forerunners; and, where no `up` holds its lock, those that an `up` launched: nothing
+        that it started outlives it. What is queued stays queued, and what somebody runs in a shell is theirs.
+        """
+        self._end(self._instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS, tags={LOCAL_TAG: "yes"})))
+        with suppress(Unavailable), only_one(up_lock):
+            launched = self._instance.get_runs(dg.RunsFilter(statuses=LAUNCHED))
+            self._end(run for run in launched if run.remote_job_origin)  # a shell's run has none
+
+    def _end(self, runs: Iterable[dg.DagsterRun]) -> None:
+        for run in runs:
+            if run.status == dg.DagsterRunStatus.CANCELING:  # somebody wanted its end: no retry
+                self._instance.report_run_canceled(run, ENDED)
+            else:
+                self._instance.report_run_failed(run, ENDED)
             self._instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
     def check_hours(self, hours_us: Sequence[int]) -> None:

@@ -157,7 +157,10 @@ def _request(at: str, first_us: int, last_us: int) -> dg.RunRequest:
 @dg.sensor(
     minimum_interval_seconds=300,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Alerts where a customer has spent 80 % of this month's budget, and again at all of it.",
+    description=(
+        "Alerts where a customer has spent 80 % of this month's budget, and again at all of it; and where a budget is "
+        "in another currency than the charges."
+    ),
 )
 def budgets(platform: PlatformResource) -> dg.SkipReason:
     """What is not known of spend is not held against a budget: what is charged may pass it all the same."""
@@ -170,17 +173,26 @@ def budgets(platform: PlatformResource) -> dg.SkipReason:
             book = book_of(settings)
             found = spending_of(open_platform, book).all(iso(now_us)[:7], limits).values()
         with open_alerts(settings) as alerts:
-            alerts.notify(*(_alert(settings, one, now_us) for one in found if one.share is not None))
+            alerts.notify(*(_alert(settings, one, now_us) for one in found if one.budget))
     except UsageError as error:
         return dg.SkipReason(str(error))
     over = [one for one in found if one.share is not None and one.share >= WARN_AT]
-    unknown = sum(one.estimated is None for one in found)
+    unknown, other = sum(one.estimated is None for one in found), sum(bool(one.not_compared) for one in found)
     said = f"{len(over)} of {len(limits)} budgets are spent to 80 % or more"
+    said += f"; {other} are in another currency than the charges, and not compared" if other else ""
     return dg.SkipReason(f"{said}; of {unknown} customers only what is charged is known" if unknown else said)
 
 
 def _alert(settings: Settings, one: Spend, now_us: int) -> Alert:
     """Of a budget that has room, that all is well: said only where something else was said before."""
+    key, where = f"budget/{one.customer_ref}/{one.month}", link(settings, "assets/usage_charges")
+    if one.not_compared:
+        text = (
+            f"Customer {one.customer_ref}: {one.not_compared}. However much is spent in {one.month}, nobody is told, "
+            "and no job is refused. `render-platform budget set` sets it anew, in the price book's currency."
+        )
+        title = f"a budget is not compared: customer {one.customer_ref[:12]}"
+        return Alert(key, "warning", title, text, where, now_us)
     share = one.share or Decimal(0)
     severity = "error" if share >= 1 else "warning" if share >= WARN_AT else "resolved"
     amount = "" if one.budget is None else f"{one.budget.amount:f} {one.budget.currency}"
@@ -191,5 +203,4 @@ def _alert(settings: Settings, one: Spend, now_us: int) -> Alert:
         "raise it with `render-platform budget set`."
     )
     title = f"{share * 100:.0f} % of a budget is spent: customer {one.customer_ref[:12]}"
-    where = link(settings, "assets/usage_charges")
-    return Alert(f"budget/{one.customer_ref}/{one.month}", severity, title, text, where, now_us)
+    return Alert(key, severity, title, text, where, now_us)

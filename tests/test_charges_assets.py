@@ -326,6 +326,18 @@ def test_budgets_alert_at_80_and_100_percent_and_say_when_there_is_room(location
         assert "90.0 %" in taken[0]["text"]
 
 
+def test_a_budget_in_another_currency_is_told_once_and_again_when_it_is_compared(location: Location) -> None:
+    (event, *_) = record(location.platform, "live", sound_events(random.Random(3), 2))
+    limits = Budgets(location.platform.database, SystemClock())
+    with receiver() as (url, taken):
+        location.patch.setenv("RENDER_PLATFORM_ALERT_WEBHOOK", url)
+        for currency, said in (("EUR", "1 are in another currency"),) * 2 + (("USD", "0 of 1 budgets"),):
+            limits.set(event.customer_ref, "1000000", currency, enforce=True)
+            assert said in sense(location)
+        assert [one["severity"] for one in taken] == ["warning", "resolved"]
+        assert "the budget is in EUR, charges are in USD" in taken[0]["text"]
+
+
 def test_spend_that_is_not_known_is_not_held_against_a_budget(location: Location) -> None:
     (event, *_) = record(location.platform, "live", sound_events(random.Random(3), 2))
     Budgets(location.platform.database, SystemClock()).set(event.customer_ref, "0", "USD", enforce=False)

@@ -161,6 +161,20 @@ def test_budgets(shell: Shell) -> None:
     assert {row["amount"] for row in shell.json("budget", "list")} == {"20"}
 
 
+def test_a_budget_in_another_currency_says_that_it_is_not_compared(shell: Shell, tmp_path: Path) -> None:
+    """A budget is in the price book's currency; the book's may be another one later."""
+    assert "of the price book's USD" in shell.run("budget", "set", "alice", "5 EUR", code=2)
+    said = "not compared: the budget is in USD, charges are in EUR"
+    assert "not compared" not in shell.run("budget", "set", "alice", "5")
+    book = tmp_path / "euros.toml"
+    book.write_bytes(load_price_book(None).data.replace(b'"USD"', b'"EUR"'))
+    assert said in shell.run("budget", "list", PRICE_BOOK=str(book))
+    assert shell.json("budget", "list", PRICE_BOOK=str(book))[0]["not_compared"] in said
+    assert said in shell.run("usage", "--customer", "alice", "--month", MONTH, PRICE_BOOK=str(book))
+    assert "not compared" not in shell.run("usage", "--customer", "alice", "--month", MONTH)
+    assert "not compared" not in shell.run("budget", "set", "alice", "5", PRICE_BOOK=str(book))
+
+
 def test_prices_are_shown_and_checked(shell: Shell, tmp_path: Path) -> None:
     book = load_price_book(None)
     assert shell.json("prices", stateless=True)["digest"] == book.digest

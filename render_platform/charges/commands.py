@@ -193,8 +193,8 @@ def _tell_spend(one: Spend) -> None:
     carbon = "" if said["co2_grams"] is None else f", {said['co2_grams']} g CO₂"
     click.echo(f"  energy     {energy}{carbon}, of {one.energy_known} of {one.events} events")
     if one.budget is not None:
-        share = "?" if one.share is None else f"{one.share * 100:.1f}"
-        click.echo(f"  budget     {one.spent:f} of {one.budget.amount:f} {one.budget.currency}: {share} %")
+        of = f"  budget     {one.spent:f} {one.currency} of {one.budget.amount:f} {one.budget.currency}"
+        click.echo(f"{of}: not compared: {one.not_compared}" if one.share is None else f"{of}: {one.share * 100:.1f} %")
 
 
 def spending_of(platform: Platform, book: PriceBook) -> Spending:
@@ -231,7 +231,7 @@ def set_budget(
     with _opened(state, config) as (platform, book):
         ref = _known_or_new(platform, customer)
         made = Budgets(platform.database, platform.clock).set(ref, amount, book.currency, enforce=enforce)
-    _tell_budgets([made], as_json)
+    _tell_budgets([made], book, as_json)
 
 
 @budget.command("remove")
@@ -239,20 +239,20 @@ def set_budget(
 @_shared
 def remove_budget(customer: str, state: Path | None, config: Path | None, as_json: bool) -> None:
     """Take CUSTOMER's budget away."""
-    with _opened(state, config) as (platform, _):
+    with _opened(state, config) as (platform, book):
         removed = Budgets(platform.database, platform.clock).remove(resolve(platform, customer))
     if not removed:
         raise UsageError("the customer has no budget", "see `render-platform budget list`")
-    _tell_budgets([], as_json)
+    _tell_budgets([], book, as_json)
 
 
 @budget.command("list")
 @_shared
 def list_budgets(state: Path | None, config: Path | None, as_json: bool) -> None:
     """All budgets."""
-    with _opened(state, config) as (platform, _):
+    with _opened(state, config) as (platform, book):
         found = list(Budgets(platform.database, platform.clock).all().values())
-    _tell_budgets(found, as_json)
+    _tell_budgets(found, book, as_json)
 
 
 def _known_or_new(platform: Platform, customer: str) -> str:
@@ -267,13 +267,17 @@ def _known_or_new(platform: Platform, customer: str) -> str:
             return platform.outbox.customer_ref(connection, issuer or API_KEY_ISSUER, name)
 
 
-def _tell_budgets(found: Sequence[Budget], as_json: bool) -> None:
-    rows = [{**one._asdict(), "amount": f"{one.amount:f}"} for one in found]
+def _tell_budgets(found: Sequence[Budget], book: PriceBook, as_json: bool) -> None:
+    """`not_compared` is empty where days that are charged from now on count against the budget."""
+    rows = [
+        {**one._asdict(), "amount": f"{one.amount:f}", "not_compared": one.not_compared(book.currency)} for one in found
+    ]
     if as_json:
         print_json(rows)
     for row in () if as_json else rows:
         enforced = ", enforced" if row["enforce"] else ""
-        click.echo(f"{row['customer_ref']}  {row['amount']} {row['currency']} a month{enforced}")
+        reason = f"; not compared: {row['not_compared']}" if row["not_compared"] else ""
+        click.echo(f"{row['customer_ref']}  {row['amount']} {row['currency']} a month{enforced}{reason}")
 
 
 @click.command()

@@ -58,6 +58,12 @@ class Budget(NamedTuple):
     currency: str
     enforce: bool
 
+    def not_compared(self, currency: str) -> str:
+        """Why it is not compared with what is charged in a currency; empty where it is."""
+        if self.currency == currency:
+            return ""
+        return f"the budget is in {self.currency}, charges are in {currency}"
+
 
 @dataclass(frozen=True, slots=True)
 class SkuSpend:
@@ -93,9 +99,14 @@ class Spend:
         return sum((one.amount for one in (*self.charged, *(self.estimated or ()))), Decimal(0))
 
     @property
+    def not_compared(self) -> str:
+        """Why the budget says nothing of what is spent; empty where it does, or there is none."""
+        return "" if self.budget is None else self.budget.not_compared(self.currency)
+
+    @property
     def share(self) -> Decimal | None:
         """Of the budget, spent: 1 is all of it. None without a budget, or where that is in another currency."""
-        if self.budget is None or self.budget.currency != self.currency:
+        if self.budget is None or self.not_compared:
             return None
         if not self.budget.amount:
             return Decimal(1) if self.spent else Decimal(0)
@@ -156,7 +167,7 @@ class Budgets:
     def set(self, customer_ref: str, amount: str, currency: str, *, enforce: bool) -> Budget:
         """In the place of an earlier one. A crash before the commit: that one stands; after it: this one."""
         if not AMOUNT.fullmatch(amount):
-            raise UsageError(f"{amount!r} is not an amount", "give it as 250 or 99.50")
+            raise UsageError(f"{amount!r} is not an amount", f"give it as 250 or 99.50, of the price book's {currency}")
         value = Decimal(amount)
         row = {"amount": f"{value:f}", "currency": currency, "enforce": enforce, "set_us": self._clock.now_us()}
         with self._database.write() as connection:

@@ -33,13 +33,12 @@ from render_platform.gateway.spend_routes import SPEND_ROUTES, BudgetGuard
 
 
 def create_app(gateway: Gateway) -> Edge:
-    """The application over an open gateway; it starts and stops with the application's lifespan."""
+    """The application over a gateway that was started, and that stops with the application's lifespan."""
     durations, overview, guard = Durations(), Overview(gateway), BudgetGuard(gateway)
     gateway.may_submit = guard.require
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
-        await gateway.start()
         looking = asyncio.create_task(guard.run())
         try:
             yield
@@ -180,6 +179,11 @@ class GatewayServer(uvicorn.Server):
         super().__init__(config)
         self._gateway = gateway
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """What keeps the gateway from starting is raised as it is: from within the application, it would be logged."""
+        await self._gateway.start()
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Jobs first: until they have ended, new ones are told to come again; then connections."""
         await self._gateway.drain()
@@ -231,7 +235,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(gateway: Gateway, ready: Callable[[str], None]) -> int:
-    """Serve until SIGINT or SIGTERM; the exit code. `ready` is told the URL once requests are taken."""
+    """Serve until SIGINT or SIGTERM; the exit code. `ready` is told the URL once requests are taken.
+
+    UsageError, Unavailable or SequencerStopped where the gateway cannot start.
+    """
     listening = _listen(gateway.settings.gateway_host, gateway.settings.gateway_port)
     server = GatewayServer(server_config(gateway), gateway)
     loop = asyncio.get_running_loop()

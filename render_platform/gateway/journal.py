@@ -47,7 +47,7 @@ from render_platform.gateway.journal_messages import (
     told_of,
 )
 from render_platform.gateway.store import Do, JobStore, Operation
-from render_platform.gateway.writer import MAX_GROUP, Transactions, Waiter, gone, resolve
+from render_platform.gateway.writer import MAX_GROUP, LastWrite, Transactions, Waiter, gone, resolve
 from render_platform.keyring import open_signers
 from render_platform.outbox import Outbox
 
@@ -73,7 +73,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _setup: Any = msgspec.msgpack.Decoder(Setup)
 _several: Any = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _told: Any = msgspec.msgpack.Decoder(Told)
-_replies: Any = msgspec.msgpack.Decoder(tuple[int, int, list[Reply]])
+_replies: Any = msgspec.msgpack.Decoder(tuple[int, int, str | None, list[Reply]])
 
 
 def _spawn(connection: int, lock: int) -> subprocess.Popen[bytes]:
@@ -125,9 +125,11 @@ class _Asked(NamedTuple):
 class Journal(asyncio.Protocol):
     """Submits operations on jobs to the child; belongs to one loop. For `Do` there is `writer.Writer`."""
 
-    def __init__(self, setup: Setup, lock: int, loop: asyncio.AbstractEventLoop, died: asyncio.Event) -> None:
-        """`lock` is the gateway's own, as a file descriptor."""
-        self._initial, self._lock, self._loop, self.died = setup, lock, loop, died
+    def __init__(
+        self, setup: Setup, lock: int, loop: asyncio.AbstractEventLoop, died: asyncio.Event, last: LastWrite
+    ) -> None:
+        """`lock` is the gateway's own, as a file descriptor; `last` is its writer's as well."""
+        self._initial, self._lock, self._loop, self.died, self._last = setup, lock, loop, died, last
         self._asked: list[msgspec.Raw] = []
         self._waiting: deque[_Asked] = deque()
         self._frames = _Frames()
@@ -196,9 +198,11 @@ class Journal(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for frame in self._frames.take(data):
-            groups, operations, replies = _replies.decode(frame)
+            groups, operations, failure, replies = _replies.decode(frame)
             if not self._ready.done():
                 self._ready.set_result(None)
+            if failure is not None:
+                self._last.failure = failure
             self.groups += groups
             self.operations += operations
             for reply in replies:
@@ -261,7 +265,7 @@ def _write_until_closed(connection: socket.socket) -> None:
         raise SystemExit(f"this journal is of version {__version__}, its gateway of {setup.version}")
     database = open_sqlite(Path(setup.database))
     transactions = Transactions(database, _store(database, setup))
-    _send(connection, (0, 0, []))
+    _send(connection, (0, 0, None, []))
     waiting: deque[Operation | RecordError] = deque()
     over = False
     while waiting or not over:
@@ -285,13 +289,14 @@ def _operation(raw: msgspec.Raw) -> Operation | RecordError:
 
 def _written(
     transactions: Transactions[Operation], group: list[Operation | RecordError]
-) -> tuple[int, int, list[Reply]]:
-    """A group's transactions, the operations in them, and a reply each."""
+) -> tuple[int, int, str | None, list[Reply]]:
+    """A group's transactions, the operations in them, why the last write failed (None: nothing was), a reply each."""
     groups, operations = transactions.groups, transactions.operations
     good = [one for one in group if not isinstance(one, RecordError)]
     results = iter(zip(good, transactions.write(good) if good else [], strict=True))
     replies = [refusal(one) if isinstance(one, RecordError) else reply_to(*next(results)) for one in group]
-    return transactions.groups - groups, transactions.operations - operations, replies
+    failure = transactions.last.failure if good else None
+    return transactions.groups - groups, transactions.operations - operations, failure, replies
 
 
 def _store(database: Database, setup: Setup) -> JobStore:

@@ -65,6 +65,8 @@ async def ready(request: AnyRequest) -> Response[Readiness]:
     problems = ["stopping"] if gateway.engine.draining else []
     if gateway.died.is_set():
         problems.append("the database writer has ended")
+    if failure := gateway.writer.last.failure:  # until a write succeeds, such as the lease's next renewal
+        problems.append(f"the last write failed: {failure}")
     if states and all(state == "open" for state in states.values()):
         problems.append("no backend answers")
     view = Readiness(
@@ -147,6 +149,8 @@ class _Metrics:
         yield _counter("fast_path_delivered", "Events that ClickHouse acknowledged", [((), publisher.delivered)])
         yield _counter("fast_path_dropped", "Events that did not reach ClickHouse", [((), publisher.dropped)])
         yield _counter("commits", "Transactions of the gateway's writers", [((), sum(one.groups for one in writers))])
+        failing = [((), int(bool(self._gateway.writer.last.failure)))]
+        yield _gauge("write_failing", "1 where the last write to the database failed", failing)
         yield _counter("writes", "Operations in them", [((), sum(one.operations for one in writers))])
 
     def _requests(self) -> Metric:

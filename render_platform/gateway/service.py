@@ -107,7 +107,8 @@ class Gateway:
         self.store = JobStore(self.outbox, self.clock, self.ids, self.gateway_id, self.epoch, sign)
         loop, self.died = asyncio.get_running_loop(), asyncio.Event()
         self.writer: Writer[Operation] = Writer(self.database, self.store, loop, self.died)
-        self.journal = Journal(self._journal_setup(keys), self._lock.fileno(), loop, self.died) if apart else None
+        shared = self._lock.fileno(), loop, self.died, self.writer.last
+        self.journal = Journal(self._journal_setup(keys), *shared) if apart else None
         self.publisher = Publisher(self._open_clickhouse, self.clock, settings.fast_path_deadline_s)
         dagster = f"http://127.0.0.1:{settings.dagster_port}"
         self.reporter = Reporter(dagster, self.clock, self.gateway_id, self.epoch, settings.report_every_s)

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import sqlalchemy as sa
@@ -52,11 +53,19 @@ class Applier(Protocol[Op]):
         ...
 
 
+@dataclass(slots=True)
+class LastWrite:
+    """Of a gateway's writers: why the last transaction that one of them tried failed; empty where it stands."""
+
+    failure: str = ""
+
+
 class Transactions(Generic[Op]):
     """Groups of operations, a transaction each, on the caller's thread."""
 
     def __init__(self, database: Database, applier: Applier[Op]) -> None:
         self._database, self._applier = database, applier
+        self.last = LastWrite()
         self.groups = 0
         self.operations = 0
 
@@ -69,10 +78,13 @@ class Transactions(Generic[Op]):
         except (sa.exc.SQLAlchemyError, PlatformError) as error:
             _log.warning("write_failed", operations=len(operations), error=type(error).__name__)
             if results is None or not self._stands():
+                if isinstance(error, Unavailable):
+                    self.last.failure = error.message
                 if isinstance(error, Unavailable) or len(operations) == 1:
                     return [_as_platform_error(error)] * len(operations)
                 return [result for operation in operations for result in self.write([operation])]
         self._applier.committed()
+        self.last.failure = ""
         self.groups += 1
         self.operations += len(operations)
         return results
@@ -116,6 +128,10 @@ class Writer(Generic[Op]):
         self._group: list[tuple[Op, Waiter]] = []
         self._over = False
         self.died = died or asyncio.Event()
+
+    @property
+    def last(self) -> LastWrite:
+        return self._transactions.last
 
     @property
     def groups(self) -> int:

@@ -328,6 +328,7 @@ def running(folder: Path, *, catalogue: dict[str, Any] | None = None, **options:
 
     async def serve() -> None:
         gateway = Gateway(settings, kinds={**KINDS, "simulated": stage.backend})
+        await gateway.start()
         server = uvicorn.Server(server_config(gateway))
         serving = asyncio.create_task(server.serve())
         while not (server.started or serving.done()):

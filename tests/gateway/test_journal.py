@@ -31,7 +31,7 @@ from render_platform.gateway.journal import Journal, Setup
 from render_platform.gateway.journal_messages import Told, operation_of, told_of
 from render_platform.gateway.problems import Conflict
 from render_platform.gateway.store import Accept, Do, Finish, Start
-from render_platform.gateway.writer import WriterEnded
+from render_platform.gateway.writer import LastWrite, WriterEnded
 from render_platform.note import load_or_create_key
 from tests.gateway.engines import backend, model_of, read_sql
 
@@ -58,6 +58,7 @@ class Stage:
     died: asyncio.Event
     folder: Path
     setup: Setup
+    last: LastWrite
 
     def sql(self, query: str) -> list[Any]:
         return read_sql(Path(self.setup.database), query)
@@ -82,10 +83,11 @@ async def started(folder: Path) -> AsyncIterator[Stage]:
     died = asyncio.Event()
     with (folder / "gateway.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        made = Journal(setup, lock.fileno(), asyncio.get_running_loop(), died)
+        last = LastWrite()
+        made = Journal(setup, lock.fileno(), asyncio.get_running_loop(), died, last)
         await made.start()
     try:
-        yield Stage(made, died, folder, setup)
+        yield Stage(made, died, folder, setup, last)
     finally:
         await made.stop()
 
@@ -328,7 +330,8 @@ def test_what_was_submitted_before_the_end_is_written_and_nothing_after(tmp_path
 def test_a_process_that_cannot_begin_is_an_error_at_the_start(tmp_path: Path) -> None:
     async def test() -> None:
         setup = Setup(__version__, str(tmp_path / "platform.db"), "gw", 1, "", str(tmp_path / "missing.key"))
-        made = Journal(setup, os.open(tmp_path, os.O_RDONLY), asyncio.get_running_loop(), asyncio.Event())
+        loop = asyncio.get_running_loop()
+        made = Journal(setup, os.open(tmp_path, os.O_RDONLY), loop, asyncio.Event(), LastWrite())
         with pytest.raises(Unavailable, match="journal"):
             await made.start()
 

@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from render_platform import database as sql
 from render_platform.database import ingested
 from render_platform.errors import PlatformError, RecordError, Unavailable
 from render_platform.gateway.store import Accept, Do
-from render_platform.gateway.writer import MAX_GROUP, WriterEnded
+from render_platform.gateway.writer import MAX_GROUP, Transactions, WriterEnded
 from tests.gateway.engines import (
     Rig,
     backend,
@@ -27,6 +28,7 @@ from tests.gateway.engines import (
     fails,
     held_writer,
     make_engine,
+    open_faulty,
     takes,
 )
 from tests.gateway.virtual_time import S, pause, run, until, virtual_loop
@@ -129,6 +131,31 @@ def test_unavailable_means_that_it_does_not_stand(tmp_path: Path, fault: str, un
             check_books(rig)
 
     run(test)
+
+
+class Doing:
+    """Runs operations; of a commit that failed it says that it does not stand."""
+
+    def apply(self, connection: sa.Connection, operations: Sequence[Do]) -> list[Any]:
+        return [one.run(connection) for one in operations]
+
+    def committed(self) -> None:
+        pass
+
+    def stands(self, connection: sa.Connection) -> bool:
+        return False
+
+
+def test_why_the_last_write_failed_is_known_until_one_stands(tmp_path: Path) -> None:
+    with closing(open_faulty(tmp_path / "platform.db")) as database:
+        made, found = Transactions(database, Doing()), []
+        for number, fault in enumerate(("begin", None, "lost", "begin", None)):
+            database.faults.append(fault)
+            made.write([insert(number)])
+            found.append(made.last.failure)
+        assert found == ["the disk is not there", "", "the disk is not there", "the disk is not there", ""]
+        assert isinstance(made.write([insert(1)])[0], Unavailable)
+        assert made.last.failure == "", "an operation that the database refuses is no failure of the database"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -8,7 +8,8 @@ recorded before it. SQLite's writers come one after another, so commits are in t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,12 +30,11 @@ from render_platform.database import (
     job_outputs,
     jobs,
     lanes,
-    log_entries,
     metadata,
     usage_events,
     webhooks,
 )
-from render_platform.errors import Finding, RecordError, UsageError
+from render_platform.errors import Finding, Missing, RecordError, UsageError
 from render_platform.events import COLUMNS, Totals, UsageEvent, event_ids, storage_row, table_from_rows
 
 _VERIFY = "run `render-platform verify`"
@@ -52,7 +52,8 @@ _REF = Prepared(
     )
 )
 EVENT_COLUMNS = [usage_events.c[name] for name in COLUMNS]
-PRUNED_AT_ONCE = 1_000
+PRUNED_AT_ONCE, PRUNING_PAUSE_S = 250, 0.1
+"""A pause as long as SQLite lets a writer sleep at most before it looks again: so that others come in between."""
 pruned_events = sa.Table(  # never pruned: of which batch an event is whose row is no longer here
     "pruned_events",
     metadata,
@@ -103,9 +104,10 @@ def customer_ref(salt: bytes, customer_id: str) -> str:
 
 
 class Outbox:
-    def __init__(self, database: Database, ids: Ids) -> None:
+    def __init__(self, database: Database, ids: Ids, sleep: Callable[[float], None] = time.sleep) -> None:
         self._database = database
         self._ids = ids
+        self._sleep = sleep
 
     def customer_ref(self, connection: sa.Connection, issuer: str, customer_id: str) -> str:
         """The customer's reference, with a salt made on first sight; inside the caller's transaction."""
@@ -208,12 +210,12 @@ class Outbox:
             if source is not None:
                 return _summed(connection, *kept, event.source == source)
             filling = sa.select(batch.batch_id).filter_by(state="filling")
-            loose = _summed(connection, *kept, event.batch_id.is_(None) | event.batch_id.in_(filling))
+            loose = [_summed(connection, *kept, of) for of in (event.batch_id.is_(None), event.batch_id.in_(filling))]
             ns = sa.cast(batch.gpu_time_ns, sa.BigInteger)
             held = _summed(
                 connection, sa.func.sum(batch.records), ns, batch.type == "usage_batch", batch.state != "filling"
             )
-        return Totals(loose.events + held.events, loose.gpu_time_ns + held.gpu_time_ns)
+        return Totals(*map(sum, zip(held, *loose, strict=True)))
 
     def progress(self) -> dict[str, int]:
         """How many events are sealed into batches, and how many are under a published checkpoint."""
@@ -255,23 +257,33 @@ class Outbox:
         """Delete published rows of a lane from before a time, with their jobs; gives how many.
 
         The evidence has them, and `pruned_events` says where. A batch's rows go once its object reads back with these
-        very rows: Finding where it does not. Of each epoch the last job stays, since numbers count on from it, and so
-        does a job that has an output or a webhook to deliver. A crash: the rest goes with the next call.
+        very rows; where it does not, Finding or Missing once the others are gone. Of each epoch the last job stays:
+        numbers count on from it. So does a job with an output or a webhook to deliver. A crash: the next call goes on.
         """
-        batch, pruned = batches.c, 0
+        batch, pruned, wrong = batches.c, 0, list[Finding | Missing]()
         own = sa.select(sa.literal(1)).where(usage_events.c.batch_id == batch.batch_id, ~_NEEDED)
         old = (batch.state == "published", batch.lane == lane, batch.last_recorded_at < before_us, own.exists())
         with self._database.read() as connection:
             found = connection.execute(sa.select(batches).where(*old).order_by(batch.ordinal)).all()
         for one in found:
-            with self._database.read() as connection:
-                rows = rows_of_batch(connection, one.batch_id)
-            stored = decode(cas.get(one.blob_digest))
-            if not stored.filter(pc.is_in(event_ids(stored), value_set=event_ids(rows))).equals(rows):
-                raise Finding(f"{one.batch_id}: its object does not hold the rows that SQL has", _VERIFY)
+            try:
+                self._require_stored(cas, one)
+            except (Finding, Missing) as error:
+                wrong.append(error)
+                continue
             while count := self._prune_some(one):
                 pruned += count
+                self._sleep(PRUNING_PAUSE_S)
+        if wrong:
+            raise wrong[0]
         return pruned
+
+    def _require_stored(self, cas: Cas, batch: Any) -> None:
+        with self._database.read() as connection:
+            rows = rows_of_batch(connection, batch.batch_id)
+        stored = decode(cas.get(batch.blob_digest))
+        if not stored.filter(pc.is_in(event_ids(stored), value_set=event_ids(rows))).equals(rows):
+            raise Finding(f"{batch.batch_id}: its object does not hold the rows that SQL has", _VERIFY)
 
     def _prune_some(self, batch: Any) -> int:
         """One transaction, that others do not wait for long."""
@@ -362,15 +374,6 @@ def forget_customer(connection: sa.Connection, issuer: str, customer_id: str, re
     )
     connection.execute(idempotency_keys.delete().filter_by(customer_ref=ref))
     connection.execute(customers.delete().filter_by(customer_ref=ref))
-
-
-def forget_erased(connection: sa.Connection) -> int:
-    """Forget again whom the log says is erased: an older copy of the database has them back. Gives how many."""
-    erased = sa.select(log_entries.c.batch_id).filter_by(type="erasure")
-    rows = connection.execute(sa.select(customers).where(customers.c.customer_ref.in_(erased))).all()
-    for row in rows:
-        forget_customer(connection, row.issuer, row.customer_id, row.customer_ref)
-    return len(rows)
 
 
 def _tables_with(connection: sa.Connection, *columns: str) -> list[sa.TableClause]:

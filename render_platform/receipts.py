@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from render_platform import batches as batch_bytes
 from render_platform import canonical, merkle, tiles
 from render_platform.cas import Cas
-from render_platform.database import Database, jobs, log_entries
+from render_platform.database import Database, customers, jobs, log_entries
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry, parse
 from render_platform.errors import Finding, Missing, Unavailable, UsageError
 from render_platform.events import canonical_rows, event_ids
@@ -258,6 +258,15 @@ class Erasure:
         self._publish()
         wipe(self._database)
         return Erased(ref, index)
+
+
+def forget_erased(connection: sa.Connection) -> int:
+    """Forget again whom the log says is erased: an older copy of the database has them back. Gives how many."""
+    erased = sa.select(log_entries.c.batch_id).filter_by(type="erasure")
+    rows = connection.execute(sa.select(customers).where(customers.c.customer_ref.in_(erased))).all()
+    for row in rows:
+        forget_customer(connection, row.issuer, row.customer_id, row.customer_ref)
+    return len(rows)
 
 
 def wipe(database: Database) -> None:

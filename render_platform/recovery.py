@@ -43,8 +43,8 @@ from render_platform.fast_path import CHUNK_ROWS, batch_token
 from render_platform.hours import mark_dirty, mark_reported
 from render_platform.note import Checkpoint, Verifier, read_checkpoint
 from render_platform.objects import ObjectStore
-from render_platform.outbox import LIVE, forget_erased, located, pruned_events, rows_of_batch
-from render_platform.receipts import wipe
+from render_platform.outbox import LIVE, located, pruned_events, rows_of_batch
+from render_platform.receipts import forget_erased, wipe
 from render_platform.repair import put_logged
 
 _ROWS, LOST_EPOCHS = 2_000, 100  # starts of a gateway after the backup, of which no entry speaks: at most so many
@@ -316,7 +316,7 @@ class Figures:
     """A state as of a log of `size`, by hour: how many events SQL and ClickHouse hold, and the SHA-256 over all rows.
 
     `waiting` counts events that are not under that log yet; they are in no other figure. `pruned`: batches, by their
-    index in the log, whose rows SQL no longer has all of; its figures have only what it says of the batch.
+    index in the log, whose rows SQL no longer has all of: of these, how many events are known, not their rows.
     """
 
     size: int
@@ -334,13 +334,13 @@ def read_figures(database: Database, fast: ClickHouse, size: int, progress: Prog
     waiting = defaultdict[int, list[bytes]](list)
     logged, event = batches.c.log_index < size, usage_events.c
     with database.read() as connection:
-        gone = sa.select(batches.c.log_index).where(batches.c.ordinal.in_(sa.select(pruned_events.c.ordinal)))
-        pruned |= set(connection.execute(gone).scalars())
+        gone = sa.select(batches.c.log_index).join(pruned_events, pruned_events.c.ordinal == batches.c.ordinal)
+        pruned |= (known := Counter(connection.execute(gone).scalars())).keys()
         root = merkle.root(_leaves(connection, size)).hex()
         for batch in connection.execute(sa.select(batches).where(logged).order_by(batches.c.log_index)).all():
             marks = batch.lane, batch.log_index, batch.state, batch.records, batch.complete_until, batch.blob_digest
-            kept = "" if batch.log_index in pruned else batch.batch_id
-            _hash(in_sql[batch.hour_us], rows_of_batch(connection, kept), marks)
+            known[at := batch.log_index] += (rows := rows_of_batch(connection, batch.batch_id)).num_rows
+            _hash(in_sql[batch.hour_us], rows[: 0 if at in pruned else None], (*marks, known[at]))
         later = event.batch_id.in_(sa.select(batches.c.batch_id).where(sa.or_(batches.c.log_index.is_(None), ~logged)))
         query = sa.select(event.event_id, event.recorded_at).where(event.batch_id.is_(None) | later)
         for event_id, at in connection.execute(query):
@@ -353,8 +353,8 @@ def read_figures(database: Database, fast: ClickHouse, size: int, progress: Prog
             table = fast.rows(start, start + WINDOW_US)
             elsewhere -= table.num_rows
             _hash(in_fast[hour], table.filter(pc.invert(pc.is_in(event_ids(table), value_set=ids))))
-    rows = _by_hour(in_sql), {**_by_hour(in_fast), "elsewhere": (elsewhere, "")}
-    return Figures(size, {"root": root}, *rows, {iso(hour): len(waiting[hour]) for hour in sorted(waiting)}, pruned)
+    stores = _by_hour(in_sql), {**_by_hour(in_fast), "elsewhere": (elsewhere, "")}
+    return Figures(size, {"root": root}, *stores, {iso(hour): len(waiting[hour]) for hour in sorted(waiting)}, pruned)
 
 
 def _hash(into: list[Any], table: pa.Table, *marks: tuple[Any, ...]) -> None:

@@ -66,7 +66,7 @@ def gpu_jobs_backstop(
     reports = _read_reports(context.instance, after_id)
     try:
         with platform.open() as open_platform:
-            begin = _kept_begin(open_platform) if done_us is None else done_us
+            begin = _kept_begin(open_platform, done_us)
             end = settled_until(open_platform.clock.now_us(), reports, open_platform.settings.report_every_s)
             if begin is None or end <= begin:
                 return dg.SkipReason("nothing new was recorded more than two minutes ago")
@@ -134,12 +134,16 @@ def _fill(platform: Platform, hole: Hole) -> dg.AssetMaterialization | None:
     )
 
 
-def _kept_begin(platform: Platform) -> int | None:
-    """The begin of the live lane, or of the time whose reports housekeeping keeps; None where nothing is recorded."""
+def _kept_begin(platform: Platform, done_us: int | None) -> int | None:
+    """What is reported already, or the begin of the live lane; but no time whose reports, or rows in SQL, housekeeping
+    may have deleted: figures of some rows alone would be wrong. None where nothing is recorded."""
     with platform.database.read() as connection:
         begin = connection.execute(sa.select(lanes.c.start_us).filter_by(lane=LIVE)).scalar()
-    kept_us = platform.clock.now_us() - platform.settings.dagster_retention_days * DAY_US
-    return None if begin is None else max(int(begin), kept_us)
+    settings, now_us = platform.settings, platform.clock.now_us()
+    rows_us = now_us - settings.outbox_retention_days * DAY_US
+    if done_us is not None:
+        return max(done_us, rows_us)
+    return None if begin is None else max(int(begin), rows_us, now_us - settings.dagster_retention_days * DAY_US)
 
 
 def _read_reports(instance: dg.DagsterInstance, after_id: int) -> list[Report]:

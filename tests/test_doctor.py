@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import threading
@@ -237,3 +238,54 @@ def test_the_command_says_it_to_people_and_programs(state: Path, clickhouse: dic
     assert found.code == 1
     assert [one["status"] for one in found.json][:2] == ["bad", "good"]
     assert run_inside("doctor", "--state", state, env={"RENDER_PLATFORM_GATEWAY_PRT": "1"}).code == 2
+
+
+@pytest.mark.parametrize("url", ["http://ops:hunter2@dagster.example", "dagster.example", "http://127.0.0.1:x"])
+def test_an_address_that_is_none_is_said_without_what_is_secret_in_it(tmp_path: Path, url: str) -> None:
+    found = examine(tmp_path / "none", dagster_url=url)["Dagster"]
+    assert (found.status, "hunter2" in str(found)) == ("bad", False)
+
+
+@contextmanager
+def saying(line: bytes) -> Iterator[int]:
+    """A server that answers whatever comes with one line; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1_000)
+                connection.sendall(line)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield int(listening.getsockname()[1])
+        thread.join()
+
+
+def test_what_speaks_another_protocol_is_something_else(tmp_path: Path) -> None:
+    with saying(b"SSH-2.0-OpenSSH_9\r\n") as port:
+        found = examine(tmp_path / "none", gateway_port=port)["gateway"]
+    assert (found.status, "something else" in found.says) == ("bad", True)
+
+
+def test_no_proxy_is_asked_for_what_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    with saying(b'HTTP/1.0 200 OK\r\n\r\n{"problems":[],"gateway":"g"}') as port:
+        assert examine(tmp_path / "none", gateway_port=port)["gateway"].status == "good"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_who_may_not_enter_the_state_folder_is_told_so(state: Path) -> None:
+    for folder in state.parents:  # up to the folder itself anybody may go
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o011)
+    state.chmod(0o700)
+    os.seteuid(65_534)
+    try:
+        found = examine(state)
+    finally:
+        os.seteuid(0)
+    assert found["state folder"].status == "unavailable"
+    assert "Permission denied" in found["state folder"].says

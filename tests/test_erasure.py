@@ -29,10 +29,9 @@ from render_platform.database import (
 from render_platform.entries import AuditEntry
 from render_platform.errors import Unavailable, UsageError
 from render_platform.gateway.identity import ApiKeys, Customers, Terms, api_keys
-from render_platform.outbox import forget_erased
 from render_platform.pipeline import Platform
 from render_platform.receipt_verifier import verify_receipt
-from render_platform.receipts import Erased, Erasure, Receipts
+from render_platform.receipts import Erased, Erasure, Receipts, forget_erased
 from tests.factories import START_US, make_events
 from tests.platforms import LIVE, connect, make_platform, record
 

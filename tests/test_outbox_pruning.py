@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from render_platform.clock import DAY_US, HOUR_US, ManualClock
 from render_platform.errors import Finding, Missing, Unavailable
 from render_platform.events import UsageEvent
-from render_platform.outbox import PRUNED_AT_ONCE, located
+from render_platform.outbox import PRUNED_AT_ONCE, Outbox, located
 from render_platform.pipeline import Platform
 from render_platform.receipts import Receipts
 from tests.factories import START_US, make_events
@@ -55,6 +55,9 @@ def platform(tmp_path: Path) -> Iterator[Platform]:
     made.close()
 
 
+OLD = f"lane = 'live' AND recorded_at < {OLD_US}"
+
+
 def rows(state: Path, table: str = "usage_events", where: str = "1") -> set[bytes]:
     with closing(connect(state)) as connection:
         return {row[0] for row in connection.execute(f"SELECT event_id FROM {table} WHERE {where}")}
@@ -62,7 +65,7 @@ def rows(state: Path, table: str = "usage_events", where: str = "1") -> set[byte
 
 def test_old_published_live_events_go_and_nothing_else(platform: Platform) -> None:
     state = platform.settings.state_dir
-    before, old = rows(state), rows(state, where=f"lane = 'live' AND recorded_at < {OLD_US}")
+    before, old = rows(state), rows(state, where=OLD)
     totals, progress, backlog = platform.outbox.totals(), platform.outbox.progress(), platform.outbox.backlog()
     assert (len(before), len(old)) == (21, 12)
     assert platform.prune() == 12
@@ -145,10 +148,11 @@ def test_rows_stay_where_the_evidence_does_not_have_them(
         batch, digest = connection.execute("SELECT batch_id, blob_digest FROM batches ORDER BY batch_id").fetchone()
     spoil(state, state / "blobs/sha256" / digest[:2] / digest[2:])
     of_batch = f"batch_id = '{batch}'"
-    before = rows(state, where=of_batch)
+    before, others = rows(state, where=of_batch), rows(state, where=f"{OLD} AND NOT {of_batch}")
     with pytest.raises(error):
         platform.prune()
     assert rows(state, where=of_batch) == before
+    assert rows(state, "pruned_events") == others, "one batch holds up no other"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,6 +193,23 @@ def test_a_large_batch_goes_in_parts(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "state")) == 5
     with closing(make_platform(tmp_path / "state", ManualClock(LATER_US), "3", **options)) as platform:
         assert platform.prune() == 5
+
+
+def test_others_write_between_the_parts(tmp_path: Path) -> None:
+    """SQLite's lock is nobody's turn: without a pause the next part takes it before who waits has looked again."""
+    made = make_platform(tmp_path / "state", ManualClock(START_US))
+    record(made, LIVE, make_events(PRUNED_AT_ONCE + 5, 1))
+    made.flush()
+    kept: list[int] = []
+
+    def pause(seconds: float) -> None:
+        assert seconds >= 0.1, "so long SQLite's own wait sleeps at most"
+        with made.database.write():  # nobody holds the lock
+            kept.append(len(rows(tmp_path / "state")))
+
+    with closing(made):
+        Outbox(made.database, made.ids, pause).prune(made.cas, LIVE, START_US + DAY_US)
+    assert kept == [5, 0]
 
 
 @settings(max_examples=15)

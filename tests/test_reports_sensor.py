@@ -326,3 +326,11 @@ def test_a_report_through_the_webserver_is_seen_and_not_repeated(location: Locat
         with urllib.request.urlopen(asked, timeout=20) as response:
             seen = json.load(response)["data"]["assetOrError"]["assetMaterializations"]
         assert len(seen) == 2
+
+
+def test_of_a_time_that_housekeeping_prunes_nothing_is_filled_in(location: Location, rng: random.Random) -> None:
+    """Rows that are left of it are not all that was recorded then: figures of them would be wrong."""
+    old = make_jobs(location, rng, 3, age_s=31 * 86_400)
+    make_jobs(location, rng, 2, age_s=600)
+    tick(location, json.dumps({"through_us": old[0].recorded_at, "after_id": 0}))
+    assert jobs_said(location) == [2]

@@ -18,6 +18,7 @@ from render_platform.database import (
     Database,
     customers,
     gateways,
+    ingested,
     job_bodies,
     job_outputs,
     jobs,
@@ -26,7 +27,7 @@ from render_platform.database import (
 from render_platform.gateway.catalogue import Catalogue, ModelSpec
 from render_platform.gateway.jobs import FINISHED, Job, Request
 from render_platform.gateway.store import UNFINISHED
-from render_platform.outbox import located
+from render_platform.outbox import pruned_events
 
 LEASE_US = 15 * US_PER_SECOND
 PAGE = 100
@@ -99,8 +100,11 @@ class Archive:
 
     def pruned_owner(self, job_id: uuid.UUID) -> str | None:
         """Whose job it was, where its row is no longer kept and its receipt still is; else None."""
+        query = sa.select(pruned_events.c.customer_ref).filter_by(job_id=job_id.bytes)
+        reported = sa.select(ingested.c.event_id).filter_by(event_id=job_id.bytes)  # no job of ours: it had no record
         with self._database.read() as connection:
-            return next((str(one.customer_ref) for one in located(connection, (), [job_id.bytes])), None)
+            found = connection.execute(query.where(~reported.exists())).scalar()
+        return None if found is None else str(found)
 
     def output(self, job_id: uuid.UUID) -> tuple[bytes, str] | None:
         """The job's output and its content type, while it is kept."""

@@ -31,7 +31,7 @@ from render_platform.errors import RecordError
 from render_platform.events import EVENT_SCHEMA, MAX_GPU_TIME_NS, UsageEvent
 from render_platform.gateway.identity import Forbidden, Principal, Terms, customer_settings
 from render_platform.gateway.problems import Conflict, Refused
-from render_platform.outbox import LIVE, Outbox
+from render_platform.outbox import LIVE, Outbox, located
 
 TYPE = "com.render-platform.usage.v1"
 ONE, BATCH = "application/cloudevents+json", "application/cloudevents-batch+json"
@@ -273,6 +273,8 @@ class Ingest:
         new = _new(connection, principal.issuer, events)
         if not new:
             return []
+        if located(connection, [one.event_id.bytes for one, _ in new]):  # known of the log alone: rows may be pruned
+            raise RecordError("event_id", "stands in the outbox already", "it was recorded before a recovery: leave it")
         now_us = self._clock.now_us()
         known: dict[str, tuple[str, str]] = {}
         made = []

@@ -6,6 +6,7 @@ of the log are hashed again. Nothing is left behind: no more is made than by any
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from render_platform.clickhouse import open_clickhouse, pending_migrations
 from render_platform.clock import US_PER_SECOND, Clock, Ids, iso
 from render_platform.config import Settings
 from render_platform.database import lanes
-from render_platform.errors import PlatformError, Unavailable
+from render_platform.errors import PlatformError, Unavailable, UsageError
 from render_platform.objects import check_store
 from render_platform.outbox import LIVE
 from render_platform.pipeline import Platform, open_platform
@@ -67,7 +68,7 @@ class Doctor:
         """One part after the other; what fails in one keeps no other from being looked at."""
         yield self._of("state folder", self._folder)
         yield self._of("disk", self._disk)
-        standing = self._settings.database_path.exists()
+        standing = os.access(self._settings.database_path, os.F_OK)  # no error where the folder may not be entered
         for name in ("blobs", "log") if standing or self._settings.objects_url else ():
             yield self._of(f"store of {name}", partial(self._store, name))
         for part, look in (("database", self._database), ("clock", self._live_clock), ("log", self._log)):
@@ -233,19 +234,30 @@ def _shown(url: str) -> str:
 def _ask(url: str, body: bytes | None = None) -> Any | None:
     """The JSON that is answered, whatever the status; an empty object for anything else; None where nobody listens."""
     headers = {"content-type": "application/json"} if body is not None else {}
-    request = urllib.request.Request(url, body, headers)  # noqa: S310  of the configuration
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # as the platform's own clients ask
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310
+        request = urllib.request.Request(url, body, headers)  # noqa: S310  of the configuration
+        with direct.open(request, timeout=ANSWER_S) as answer:
             data = answer.read(MAX_ANSWER_BYTES)
     except urllib.error.HTTPError as error:
         data = error.read(MAX_ANSWER_BYTES)
+    except http.client.InvalidURL:  # its text may quote a password
+        raise _no_address() from None
+    except http.client.HTTPException:  # it speaks another protocol
+        return {}
     except urllib.error.URLError as error:
         if isinstance(error.reason, ConnectionRefusedError):
             return None
         raise Unavailable(
             f"{_shown(url)} does not answer: {error.reason}", "check that address and port are right"
         ) from None
+    except ValueError:
+        raise _no_address() from None
     try:
         return dict(json.loads(data))
     except (ValueError, TypeError):
         return {}
+
+
+def _no_address() -> UsageError:
+    return UsageError("its address is no http:// or https:// URL of host and port", "correct it in the configuration")

@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui check lint types imports lock clean
+.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui fuzz check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -46,6 +46,10 @@ test-ui: $(READY)  ## what a person does in Dagster's UI and on the gateway's pa
 	@test -x $(CHROMIUM) || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
 	  || { echo "test-ui needs Chromium: as root, apt-get install chromium; or set CHROMIUM=/path" >&2; exit 1; }
 	RENDER_TEST_UI=yes CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/ui
+
+SECONDS ?= 600
+fuzz: $(READY)  ## every parser of outside bytes with damaged input, for SECONDS of CPU time
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 check: lint types imports  ## ruff, strict typing, import direction
 

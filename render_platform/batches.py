@@ -47,7 +47,8 @@ def decode(data: bytes) -> pa.Table:
         file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
         require_schema(file.schema_arrow)
         table = _unpacked(file)
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)  # texts too: what is no UTF-8 would fail wherever it is shown
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is no UTF-8
         raise Finding(f"not readable as Parquet: {error}") from error
     if _length(file.metadata) != len(data):
         raise Finding("holds bytes that are no part of the Parquet file that its footer describes")

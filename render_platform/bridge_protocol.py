@@ -16,8 +16,6 @@ import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from email import policy
-from email.parser import BytesParser
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -47,6 +45,10 @@ _INSERT = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """An insert up to where its rows begin: the statement, then the name of their format."""
+_BOUNDARY = re.compile(
+    rb"""multipart/form-data *; *boundary=("?)([\w'()+,./:=?-]{1,70})\1 *""", re.ASCII | re.IGNORECASE
+)
+_FIELD = re.compile(rb'content-disposition: *form-data; *name="([^"\r\n]{1,200})"(; *filename\*?=.*)?', re.IGNORECASE)
 _ONE_STATEMENT = re.compile(rb"%s*+[;\s]*" % _TOKEN, re.DOTALL)
 _READS = re.compile(rb"[\s(]*(?:SELECT|WITH|SHOW|DESC|DESCRIBE|EXISTS|EXPLAIN|CHECK)\b", re.IGNORECASE)
 _FORMAT = re.compile(rb"\sFORMAT\s+(\w+)[;\s]*$", re.IGNORECASE)
@@ -207,17 +209,23 @@ def _settings(fields: Mapping[str, str], read_only: bool) -> dict[str, str]:
 
 
 def _form(content_type: bytes, body: bytes | bytearray) -> dict[str, str]:
-    """The fields of a form: a client puts the query and its parameters in one where they are long."""
-    head = b"Content-Type: " + content_type + b"\r\n\r\n"
-    form = BytesParser(policy=policy.HTTP).parsebytes(head + body)
-    if form.defects:
-        raise ValueError("the form is not whole")
+    """The fields of a form (RFC 7578): a client puts the query and its parameters in one where they are long."""
+    found = _BOUNDARY.fullmatch(content_type)
+    if found is None:
+        raise ValueError("the form names no boundary")
+    first, *parts = (b"\r\n" + body).split(b"\r\n--" + found[2], MAX_FIELDS + 2)
+    if first or not parts or len(parts) > MAX_FIELDS + 1 or parts.pop() not in (b"--", b"--\r\n"):
+        raise ValueError("the form is not whole, or has too many fields")
     fields = {}
-    for part in form.iter_parts():
-        name, text = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-        if not isinstance(name, str) or not isinstance(text, bytes) or part.get_filename() is not None:
+    for part in parts:
+        head, blank, text = part.partition(b"\r\n\r\n")
+        empty, *lines = head.split(b"\r\n", 9)
+        named = [field for field in map(_FIELD.fullmatch, lines) if field is not None]
+        if empty or not blank or len(named) != 1:
+            raise ValueError("a part of the form is not that of a field")
+        if named[0][2] is not None:
             raise Refused(501, 48, "the embedded bridge does not support external data")
-        fields[name] = text.decode()
+        fields[named[0][1].decode()] = text.decode()
     return fields
 
 

@@ -22,6 +22,7 @@ from render_platform.errors import UsageError
 
 _PREFIX = "RENDER_PLATFORM_"
 CATALOGUE_TABLES = ("backends", "models", "issuers")
+MAX_FILE_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +201,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _read_file(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """A TOML file's settings, and its tables as `catalogue`; a relative state_dir is the file's own folder's."""
     try:
-        found = tomllib.loads(path.read_text())
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        found = tomllib.loads(data.decode() if len(data) <= MAX_FILE_BYTES else "")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "give a configuration file that can be read") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number too long, nested too deeply
         raise UsageError(f"{path} is not TOML: {error}", "see docs/configuration.md for an example") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"{path} has more than {MAX_FILE_BYTES} bytes", "give a configuration file")
     values: dict[str, Any] = {"catalogue": {name: found.pop(name) for name in CATALOGUE_TABLES if name in found}}
     for name, value in found.items():
         if name not in known:

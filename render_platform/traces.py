@@ -16,7 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -318,6 +318,8 @@ def _json_object(text: bytes) -> dict[str, Any]:
         raise ValueError("not a JSON object: nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not a JSON object: {error.msg} at column {error.colno}") from None
+    except InvalidOperation:
+        raise ValueError("a number's exponent is out of range") from None
     if not isinstance(value, dict):
         raise ValueError(f"not a JSON object but {shown(value)}")
     return value

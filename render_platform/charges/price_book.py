@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from decimal import ROUND_DOWN, ROUND_HALF_EVEN, ROUND_HALF_UP, ROUND_UP, Context, Decimal
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from render_platform.canonical import digest_of
-from render_platform.clock import US_PER_SECOND
 from render_platform.config import nearest
 from render_platform.errors import RecordError, UsageError
 from render_platform.events import STATUSES
@@ -32,11 +31,14 @@ ROUNDINGS = {"half_up": ROUND_HALF_UP, "half_even": ROUND_HALF_EVEN, "down": ROU
 PER = (1, 1_000, 1_000_000)
 ANY_DEVICE = "any"
 """The class of a device that no pattern names, and of events without one."""
-MAX_BYTES = 4 * 1024 * 1024
+MAX_BYTES = 1024 * 1024
+MAX_DOTS = 256
+"""In one line: a key of many parts costs the parser their square, and a book may be somebody else's."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
 _PATTERN = re.compile(r"[A-Za-z0-9._:/@+*?-]{1,200}")
 _CURRENCY = re.compile(r"[A-Z]{3}")
 AMOUNT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,12})?")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BOOK = ("version", "currency", "minor_digits", "rounding", "device_classes", "prices")
 _PERIOD = ("from", "billed", "rules")
 _RULE = ("sku", "unit", "price", "per", "tier", "model", "device_class")
@@ -106,9 +108,12 @@ def load_price_book(path: Path | None) -> PriceBook:
     """The book in a file, or without one the sample that comes with the package. UsageError where it is not one."""
     sample = files("render_platform.charges") / "prices.toml"
     try:
-        data = sample.read_bytes() if path is None else path.read_bytes()
+        with (sample if path is None else path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}", "give a price book that can be read") from error
+    except ValueError as error:  # NUL
+        raise UsageError(f"price_book {path} is not a path: {error}", "give a price book that can be read") from error
     try:
         return parse_price_book(data)
     except RecordError as error:
@@ -118,10 +123,12 @@ def load_price_book(path: Path | None) -> PriceBook:
 def parse_price_book(data: bytes) -> PriceBook:
     """The book that `data` is; RecordError names the field that is missing, unknown or wrong."""
     if len(data) > MAX_BYTES:
-        raise RecordError("price book", f"has {len(data)} bytes", f"at most {MAX_BYTES} are read")
+        raise RecordError("price book", f"has more than {MAX_BYTES} bytes", "leave out what is not used")
+    if any(line.count(b".") > MAX_DOTS for line in data.split(b"\n")):
+        raise RecordError("price book", f"has a line with more than {MAX_DOTS} dots", "put each rule on its own line")
     try:
         found = tomllib.loads(data.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number too long, nested too deeply
         raise RecordError("price book", f"is not TOML: {error}") from error
     _known(found, _BOOK, "")
     rounding = _text(found, "rounding", "", ROUNDINGS)
@@ -168,8 +175,11 @@ def _period(table: Any, where: str) -> Period:
     rules = table.get("rules")
     if not isinstance(rules, list) or not rules:
         raise RecordError(f"{where}rules", "is missing", "give at least one [[prices.rules]]")
-    begin_us = int(begin.timestamp()) * US_PER_SECOND + begin.microsecond
-    return Period(begin_us, shares, tuple(_rule(rule, f"{where}rules[{n}].") for n, rule in enumerate(rules)))
+    return Period(
+        (begin - _EPOCH) // timedelta(microseconds=1),
+        shares,
+        tuple(_rule(rule, f"{where}rules[{n}].") for n, rule in enumerate(rules)),
+    )
 
 
 def _rule(table: Any, where: str) -> Rule:

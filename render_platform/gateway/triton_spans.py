@@ -27,6 +27,10 @@ from render_platform.gateway.backends import Span
 MAX_PENDING = 10_000
 """Requests whose computing has come and whose own span has not."""
 MAX_EXPORT_BYTES = 16 * 1024 * 1024
+MAX_ID_CHARACTERS = 64
+"""Of a span's id, which OTLP writes with 16."""
+MAX_SPANS = 1_000
+"""Intervals that are kept for one request: an ensemble computes some tens."""
 
 
 class _Value(msgspec.Struct, rename="camel"):
@@ -110,7 +114,10 @@ class SpanBook:
                 future.set_result(computed)
 
     def _keep(self, parent: str, computed: list[Span]) -> None:
-        self._pending.setdefault(parent, []).extend(computed)
+        if len(parent) > MAX_ID_CHARACTERS:
+            return  # nobody's: no span has such an id
+        kept = self._pending.setdefault(parent, [])
+        kept += computed[: MAX_SPANS - len(kept)]
         if len(self._pending) > MAX_PENDING:
             del self._pending[next(iter(self._pending))]
 

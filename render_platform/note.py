@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from render_platform.errors import Finding, Unavailable, UsageError
 from render_platform.objects import make_folders, sync_folder
 
-MAX_NOTE_CHARACTERS = 1_000_000
+MAX_NOTE_CHARACTERS = 65_536
 MAX_SIGNATURES = 100
 MAX_KEY_FILE_BYTES = 4096
 _ED25519 = b"\x01"

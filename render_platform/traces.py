@@ -2,7 +2,7 @@
 
 A row becomes a job or a `BadRow` that says where and why; none is left out. A row is one record of the file:
 a CSV record may hold newlines inside quotes, over at most 50 lines. Numbers go from text to integers, never
-through floats.
+through floats. The file is read as a stream: only its rows stay in memory, and their number is bounded.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from dataclasses import dataclass, field, fields
 from decimal import Decimal, InvalidOperation
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 
 from render_platform.clock import US_PER_SECOND
 from render_platform.errors import UsageError
 from render_platform.trace_formats import FORMATS, GENERATED, TraceFormat, shown
 
-MAX_ROWS = 20_000_000
+MAX_ROWS = 10_000_000
+MAX_BAD_ROWS = 1_000_000
+MAX_TEXT_BYTES = 64 << 30
+"""Of a trace's text, unpacked: a small gzip file can hold lines without end."""
 MAX_LINE_BYTES = 1 << 20
 MAX_ROW_LINES = 50
 PROGRESS_ROWS = 10_000
 _GENERATED_START_US = 1_705_310_400 * US_PER_SECOND
 _GENERATED_SPAN_US = 90 * 60 * US_PER_SECOND
+_CHUNK_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -62,9 +66,7 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The jobs of a file, by (arrival_us, row). `digest` is the SHA-256 hex of the file's bytes as they
-    are on disk.
-    """
+    """The jobs of a file, by (arrival_us, row). `digest` is the SHA-256 hex of the file's bytes as they are on disk."""
 
     path: str
     digest: str
@@ -83,68 +85,96 @@ class Trace:
 
 
 class _Lines:
-    """Numbered lines with their newline; those taken ahead can be put back. A line too long is cut and
-    marked.
-    """
+    """Numbered lines with their newline; those taken ahead can be put back. A line too long is cut and marked."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, max_bytes: int) -> None:
         self._stream = stream
         self._ahead: deque[tuple[int, bytes, bool]] = deque()
         self._number = 0
+        self._max_bytes = self._left = max_bytes
 
     def take(self) -> tuple[int, bytes, bool] | None:
         """(number, bytes, whole), or None at the end of the file."""
         if self._ahead:
             return self._ahead.popleft()
-        text = self._stream.readline(MAX_LINE_BYTES)
+        text = self._read()
         if not text:
             return None
         self._number += 1
         whole = tail = text.endswith(b"\n") or len(text) < MAX_LINE_BYTES
         while not tail:
-            rest = self._stream.readline(MAX_LINE_BYTES)
+            rest = self._read()
             tail = not rest or rest.endswith(b"\n")
         return self._number, text.removeprefix(_BOM) if self._number == 1 else text, whole
+
+    def _read(self) -> bytes:
+        text = self._stream.readline(MAX_LINE_BYTES)
+        self._left -= len(text)
+        if self._left < 0:
+            raise UsageError(f"the trace has more than {self._max_bytes} bytes of text", "split it into several files")
+        return text
 
     def put_back(self, taken: list[tuple[int, bytes, bool]]) -> None:
         self._ahead.extendleft(reversed(taken))
 
 
+class _Digesting(io.RawIOBase):
+    """The bytes of `file`, hashed as they are read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        self.digest.update(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A format, met in a file: its columns in the file's order, and (job field, column, index, parser) to
-    read.
-    """
+    """A format, met in a file: its columns in the file's order, and (job field, column, index, parser) to read."""
 
     format: TraceFormat
     names: list[str]
     plan: list[tuple[str, str, int, Callable[[Any], Any]]]
 
 
-def read_trace(path: Path, progress: Callable[[int], None] | None = None) -> Trace:
+def read_trace(
+    path: Path,
+    progress: Callable[[int], None] | None = None,
+    *,
+    max_rows: int = MAX_ROWS,
+    max_bad_rows: int = MAX_BAD_ROWS,
+    max_text_bytes: int = MAX_TEXT_BYTES,
+) -> Trace:
     """Read a CSV or JSON-lines file, plain or gzip; format and compression are told from the content.
 
     `progress` gets the number of rows read so far, now and then and at the end. UsageError where the file
-    cannot be read as a whole: missing, empty, damaged gzip, or of no known format. Rows that cannot be read
-    are `bad_rows`.
+    cannot be read as a whole: missing, empty, damaged gzip, of no known format, or beyond a bound. Rows that cannot
+    be read are `bad_rows`.
     """
     try:
-        raw = Path(path).read_bytes()
-        zipped = raw[:2] == b"\x1f\x8b"
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=io.BytesIO(raw)), 1 << 18) if zipped else io.BytesIO(raw)
-        lines = _Lines(cast(BinaryIO, stream))
-        layout = _detect(lines, path)
-        jobs, bad_rows = _read_rows(lines, layout, progress or (lambda _rows: None))
+        with Path(path).open("rb", buffering=0) as file:
+            hashing = _Digesting(file)
+            raw = io.BufferedReader(hashing, _CHUNK_BYTES)
+            zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), _CHUNK_BYTES) if zipped else raw
+            lines = _Lines(cast(BinaryIO, stream), max_text_bytes)
+            layout = _detect(lines, path)
+            jobs, bad_rows = _read_rows(lines, layout, progress or (lambda _rows: None), max_rows, max_bad_rows)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UsageError(f"{path}: the gzip data is damaged: {error}", "fetch the file again") from error
     except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be read: {error.strerror}", "give the path of a readable trace file"
-        ) from error
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", "name a readable trace file") from error
     if not jobs and not bad_rows:
         raise UsageError(f"{path}: the file has a header and no rows", "give a trace file with a header and rows")
     jobs.sort(key=attrgetter("arrival_us", "row"))
-    return Trace(str(path), hashlib.sha256(raw).hexdigest(), layout.format, jobs, bad_rows)
+    return Trace(str(path), hashing.digest.hexdigest(), layout.format, jobs, bad_rows)
 
 
 def _detect(lines: _Lines, path: Path) -> _Layout:
@@ -208,7 +238,9 @@ def _layout(known: TraceFormat, found: list[str]) -> _Layout:
     return _Layout(known, found, plan)
 
 
-def _read_rows(lines: _Lines, layout: _Layout, progress: Callable[[int], None]) -> tuple[list[TraceJob], list[BadRow]]:
+def _read_rows(
+    lines: _Lines, layout: _Layout, progress: Callable[[int], None], max_rows: int, max_bad_rows: int
+) -> tuple[list[TraceJob], list[BadRow]]:
     jobs: list[TraceJob] = []
     bad_rows: list[BadRow] = []
     row = 0
@@ -222,8 +254,13 @@ def _read_rows(lines: _Lines, layout: _Layout, progress: Callable[[int], None]) 
                 bad_rows.append(BadRow(line, str(error)))
         if row % PROGRESS_ROWS == 0:
             progress(row)
-        if row > MAX_ROWS:
-            raise UsageError(f"the trace has more than {MAX_ROWS} rows", "split it into several files")
+        if row > max_rows:
+            raise UsageError(f"the trace has more than {max_rows} rows", "split it into several files")
+        if len(bad_rows) > max_bad_rows:
+            raise UsageError(
+                f"more than {max_bad_rows} rows are no jobs, the last in line {line}: {bad_rows[-1].reason}",
+                "mend or split the file",
+            )
     progress(row)
     return jobs, bad_rows
 
@@ -272,9 +309,7 @@ def _csv_record(lines: _Lines, first: bytes, layout: _Layout) -> list[str]:
 
 
 def _closed(lines: _Lines, first: bytes, names: list[str]) -> bytes:
-    """`first` and the lines that its open quote runs over; ValueError, nothing taken, where it is not
-    closed.
-    """
+    """`first` and the lines that its open quote runs over; ValueError, nothing taken, where it is not closed."""
     raw = first
     taken: list[tuple[int, bytes, bool]] = []
     while len(taken) < MAX_ROW_LINES and len(raw) < MAX_LINE_BYTES and (item := lines.take()):
@@ -335,8 +370,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def generated_trace(seed: int = 7, jobs: int = 1200) -> Trace:
     """A made-up trace of 90 minutes from 2024-01-15T09:20:00Z, six clients, about one job in eight an image.
 
-    Draws come from SHA-256, so that the same seed gives the same jobs, and `digest` of their content,
-    everywhere.
+    Draws come from SHA-256, so that the same seed gives the same jobs, and `digest` of their content, everywhere.
     """
     draws = sorted(_draw(seed, number) for number in range(jobs))
     made = [_generated_job(row, draw) for row, draw in enumerate(draws, 1)]

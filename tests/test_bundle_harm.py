@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from render_platform.bundle import MAX_MEMBERS
 from render_platform.clock import HOUR_US
 from render_platform.errors import UsageError
 from tests.bundles import FAR, LAST, Parts, Story, batch_of, make_story, note, pack, unpack
@@ -116,6 +117,17 @@ def test_harm_is_found_and_named(story: Story, name: str) -> None:
     assert (outcome.verdict, outcome.exit_code) == ("not_verified", 1)
     where = batch_of(story) if where == "BATCH" else where
     assert any(where in found for found in named(outcome)), said(outcome)
+
+
+def test_members_without_end_are_refused_before_any_is_checked(story: Story) -> None:
+    """Whoever made it: what stands in memory is a name and a digest of each of MAX_MEMBERS, and one member."""
+    block = pack({"000000": b""})[:512]
+    total = sum(block[:148] + b" " * 8 + block[156:])
+    blocks = bytearray()
+    for name in (b"%06d" % number for number in range(MAX_MEMBERS + 1)):
+        blocks += name + block[6:148] + b"%06o" % (total + sum(name) - 6 * ord("0")) + block[154:]
+    assert "one of more than" not in said(story.verify(bytes(blocks[:-512]) + bytes(1024)))
+    assert f"one of more than {MAX_MEMBERS}" in said(story.verify(bytes(blocks) + bytes(1024)))
 
 
 def test_keys_are_pinned_and_never_taken_from_the_bundle(story: Story) -> None:

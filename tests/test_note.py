@@ -199,6 +199,17 @@ def test_malformed_notes(malformed: str) -> None:
         note.open_note(malformed, [signer().verifier])
 
 
+def test_a_note_at_the_bound_is_opened_and_one_beyond_it_is_not() -> None:
+    longest = "x" * (note.MAX_NOTE_CHARACTERS - len(note.sign_note("\n", [signer()]))) + "\n"
+    signed = note.sign_note(longest, [signer()])
+    assert len(signed) == note.MAX_NOTE_CHARACTERS
+    assert note.open_note(signed, [signer().verifier])[0] == longest
+    with pytest.raises(Finding, match="not lines of text"):
+        note.open_note(note.sign_note("x" + longest, [signer()]), [signer().verifier])
+    many = note.sign_note(TEXT, [signer("a" * 500 + f"/{number}") for number in range(note.MAX_SIGNATURES)])
+    assert note.open_note(many, [signer("a" * 500 + "/7").verifier])[0] == TEXT  # all signatures that may be, fit
+
+
 @pytest.mark.parametrize("text", ["", "no newline", "carriage\r\n", "nul\0\n", "surrogate\udc00\n"])
 def test_texts_that_cannot_be_signed(text: str) -> None:
     with pytest.raises(UsageError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,6 +231,34 @@ def test_what_is_no_trace_is_refused_with_a_remedy(tmp_path: Path, content: byte
         read(tmp_path, content)
     assert reason in caught.value.message
     assert caught.value.remedy
+
+
+def test_a_trace_beyond_a_bound_is_refused_and_one_at_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    path.write_bytes(AZURE + GOOD * 3 + b"bad\n" * 2)
+    assert len(read_trace(path, max_rows=5, max_bad_rows=2, max_text_bytes=path.stat().st_size).jobs) == 3
+    with pytest.raises(UsageError, match="more than 4 rows"):
+        read_trace(path, max_rows=4)
+    with pytest.raises(UsageError, match=r"more than 1 rows are no jobs, the last in line 6: the row has 1 columns"):
+        read_trace(path, max_bad_rows=1)
+    with pytest.raises(UsageError, match="bytes of text"):
+        read_trace(path, max_text_bytes=path.stat().st_size - 1)
+    path.write_bytes(gzip.compress(AZURE + b"0" * 50 * MAX_LINE_BYTES))
+    with pytest.raises(UsageError, match="bytes of text"):
+        read_trace(path, max_text_bytes=10 * MAX_LINE_BYTES)
+
+
+def test_a_file_is_not_held_in_memory(tmp_path: Path) -> None:
+    content = AZURE + (b"1" * 2 * MAX_LINE_BYTES + b"\n") * 30 + GOOD
+    for path, data in (tmp_path / "plain", content), (tmp_path / "zipped", gzip.compress(content, 1)):
+        path.write_bytes(data)
+        tracemalloc.start()
+        trace = read_trace(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (len(trace.jobs), len(trace.bad_rows)) == (1, 30)
+        assert trace.digest == hashlib.sha256(data).hexdigest()
+        assert peak < len(content) / 4, peak
 
 
 def test_a_missing_path_and_a_folder_are_refused(tmp_path: Path) -> None:

@@ -51,7 +51,6 @@ class BackendClient:
     def __init__(self, spec: BackendSpec) -> None:
         self._spec = spec
         self._base = spec.url.rstrip("/")
-        self._urls: dict[str, URL] = {}
         self._kept: aiohttp.ClientSession | None = None
         self._fresh: aiohttp.ClientSession | None = None
 
@@ -133,7 +132,7 @@ class BackendClient:
         return session
 
     def _url(self, path: str) -> URL:
-        return self._urls.get(path) or self._urls.setdefault(path, URL(f"{self._base}/{path}", encoded=True))
+        return URL(f"{self._base}/{path}", encoded=True)  # yarl keeps the last ones
 
     async def _require_good(self, response: aiohttp.ClientResponse) -> None:
         if response.headers.get("Content-Encoding", "identity") != "identity":

@@ -54,17 +54,20 @@ class EventSplitter:
     """Bytes as they come in, whole events out, byte for byte. At most MAX_EVENT_BYTES wait for their end."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The events that `data` completes, each with its blank line. ValueError where one is too long."""
-        search_from = max(0, len(self._rest) - _LONGEST_END)
-        buffer = self._rest + data
-        events, begin = [], 0
-        while found := _END.search(buffer, max(begin, search_from)):
-            events.append(buffer[begin : found.end()])
+        """The events that `data` completes, each with its blank line. ValueError where one is too long.
+
+        The cost is that of `data`, however much is waiting: a server that sends byte by byte costs no more.
+        """
+        begin, search_from = 0, max(0, len(self._rest) - _LONGEST_END)
+        self._rest += data
+        events = []
+        while found := _END.search(self._rest, max(begin, search_from)):
+            events.append(bytes(self._rest[begin : found.end()]))
             begin = found.end()
-        self._rest = buffer[begin:]
+        del self._rest[:begin]
         if len(self._rest) > MAX_EVENT_BYTES:
             raise ValueError(f"an event has more than {MAX_EVENT_BYTES} bytes")
         return events

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,22 @@ def test_an_event_without_end_is_not_kept_for_ever() -> None:
         splitter.feed(b"x")
     with pytest.raises(ValueError, match="deep"):
         Relay(keep_usage=False).feed(b'data: {"usage":' + b"[" * 100_000 + b"\n\n")
+
+
+def test_bytes_cost_the_same_however_many_wait_before_them() -> None:
+    """A server that sends one long event byte by byte keeps nobody else from the loop."""
+    splitter = EventSplitter()
+
+    def cost_s(count: int) -> float:
+        begin = time.process_time()
+        for _ in range(count):
+            splitter.feed(b"x")
+        return time.process_time() - begin
+
+    early = cost_s(20_000)
+    splitter.feed(b"x" * (MAX_EVENT_BYTES - 60_000))
+    late = cost_s(20_000)
+    assert late < 8 * early + 0.05, (early, late)
 
 
 def test_what_a_model_says_is_never_taken_for_figures() -> None:

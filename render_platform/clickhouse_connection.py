@@ -32,6 +32,7 @@ _TOO_OLD = "ClickHouse is too old or unsupported", "24.8 or newer is needed"
 DRIVER_ERRORS = (ClickHouseError, HTTPError, OSError, pa.ArrowException, ImportError)
 _BOUNDED = ("result", "read", "group_by", "sort", "distinct", "set", "join", "timeout")
 _NO_PARTIAL_RESULTS = {f"{what}_overflow_mode": "throw" for what in _BOUNDED}
+CONNECT_S, ANSWER_S = 5, 60
 INSERT_S = 30
 """How long an insert may work before ClickHouse gives it up by itself, whether or not its client still waits."""
 _INSERT_SETTINGS = {
@@ -219,7 +220,7 @@ def _connect(dsn: str, **options: Any) -> Any:
     if "@" in urlsplit(dsn).path:  # an unencoded / in a password: what follows it would be shown as a path
         raise UsageError("the ClickHouse DSN is malformed", "percent-encode a password in it")
     options |= {"settings": _NO_PARTIAL_RESULTS, "interface": scheme, "autogenerate_session_id": False}
-    options |= {"connect_timeout": 5, "send_receive_timeout": 60}
+    options |= {"connect_timeout": CONNECT_S, "send_receive_timeout": ANSWER_S}
     try:
         return clickhouse_connect.get_client(dsn=dsn, **options)
     except ValueError:  # a port or an option; its text may quote a password

@@ -72,6 +72,10 @@ def _assets() -> Router:
 
 HEAD_S = 20.0
 """How long a client may take to send the head of a request, and a new connection to begin with one."""
+IDLE_S = 75
+"""How long a connection is kept for its next request."""
+BACKLOG = 2_048
+"""Connections that the kernel holds until they are taken."""
 MAX_HEAD_BYTES = 512 * 1024
 """More of a head is not kept. One of less is refused by `edge`, once it is whole; the last piece may hold body too."""
 
@@ -217,8 +221,8 @@ def server_config(gateway: Gateway) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=settings.drain_s + 5,
-        timeout_keep_alive=75,
-        backlog=2_048,
+        timeout_keep_alive=IDLE_S,
+        backlog=BACKLOG,
     )
 
 

@@ -37,6 +37,7 @@ from render_platform.objects import ObjectStore
 from render_platform.outbox import located
 from render_platform.receipts import NotPublished, UnknownEvent
 
+MAX_PAGE = 500
 AT_ONCE = 4
 """Reads of evidence at a time: each holds one object in memory, and one of the threads that other routes need too."""
 MAX_ASKED, MAX_ASKED_EACH = 256, 32
@@ -49,7 +50,7 @@ OCTETS = "application/octet-stream"
 T = TypeVar("T")
 Hour = Annotated[str | None, QueryParameter(max_length=40, description="A time, ISO 8601; in UTC unless it says other")]
 Kind = Annotated[str | None, QueryParameter(max_length=40, description="A type of entry, such as usage_batch")]
-Limit = Annotated[int, QueryParameter(ge=1, le=500)]
+Limit = Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)]
 Opaque = Annotated[str | None, QueryParameter(max_length=200, description="The `next` of the page before")]
 _CURSOR = re.compile(r"([0-9]{1,18}) (-|[0-9]{1,18}) ([0-9]{1,18}) ([0-2])", re.ASCII)
 

@@ -25,6 +25,7 @@ from render_platform.gateway.submission import Asked, find_model, request_of, ru
 from render_platform.gateway.views import JobPage, JobView, QueueRequest, QueueView, view_of, view_of_row
 
 MAX_WAIT_S = 60
+MAX_PAGE = 500
 KEEP_ALIVE_S = 15.0
 LOOK_AGAIN_S = 2.0
 """How often a waiting client is told of its position, at most."""
@@ -35,7 +36,7 @@ END_ID = MAX_EVENTS + 1
 JobId = FromPath[uuid.UUID]
 Text = Annotated[str | None, QueryParameter(max_length=2_048)]
 Ttl = Annotated[int | None, QueryParameter(ge=1, le=604_800)]
-Limit = Annotated[int, QueryParameter(ge=1, le=500)]
+Limit = Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)]
 _STATUSES = {"timeout": 504, "cancelled": 499}
 """499 as gRPC's mapping has it: clients that try 408, 409 and 5xx again leave it alone."""
 _WAIT = re.compile(r"(?:^|,)\s*wait=(\d{1,6})\s*(?:,|$)")

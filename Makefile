@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui fuzz check lint types imports lock clean
+.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui fuzz audit sbom check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -51,6 +51,20 @@ SECONDS ?= 600
 fuzz: $(READY)  ## every parser of outside bytes with damaged input, for SECONDS of CPU time
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
+TOOLS := .tools
+$(TOOLS)/.ready: requirements-tools.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-tools.txt
+	@touch $(TOOLS)/.ready
+
+SERVICE ?= pypi
+audit: $(TOOLS)/.ready  ## known vulnerabilities of what is pinned (needs the Internet; SERVICE=osv asks OSV)
+	$(TOOLS)/bin/python tests/supply_chain.py audit --service $(SERVICE)
+
+SBOM ?= sbom.json
+sbom: $(READY) $(TOOLS)/.ready  ## the bill of materials of what is installed, CycloneDX 1.6, into SBOM
+	$(TOOLS)/bin/python tests/supply_chain.py sbom $(SBOM)
+
 check: lint types imports  ## ruff, strict typing, import direction
 
 lint: $(READY)
@@ -63,9 +77,11 @@ types: $(READY)
 imports: $(READY)
 	$(BIN)/lint-imports
 
-lock: $(READY)  ## pin and hash requirements.in again (needs uv)
+lock: $(READY)  ## pin and hash requirements.in and -tools.in again (needs uv)
 	uv pip compile --quiet --no-strip-extras --generate-hashes --no-emit-index-url --no-header \
 	  --python-version 3.11 requirements.in -o requirements.txt
+	uv pip compile --quiet --no-strip-extras --generate-hashes --no-emit-index-url --no-header \
+	  --python-version 3.11 requirements-tools.in -o requirements-tools.txt
 
 clean:  ## remove the environment and caches; never the state
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .tools build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

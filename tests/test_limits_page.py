@@ -41,8 +41,8 @@ def said(bound: str, name: str) -> Fraction:
     """What the page says, in the constant's own unit."""
     found = re.fullmatch(r"([\d,]+)(?: (\w+))?", bound)
     assert found, f"{bound!r}: not a number and a unit"
-    number, unit = Fraction(found[1].replace(",", "")), found[2]
-    if unit is None or unit in BYTES:
+    number, unit = Fraction(found[1].replace(",", "")), str(found[2] or "")
+    if not unit or unit in BYTES:
         return number * BYTES.get(unit, 1)
     return number * SECONDS[unit] / UNITS_OF_NAMES.get(name[-3:], Fraction(1))
 

@@ -26,10 +26,11 @@ NO_LIMITS = {"clickhouse.MAX_US", "receipt_verifier.MAX_TIME_S", "tiles.MAX_INDE
 
 def value_of(name: str) -> Any:
     """A constant, an item of a dict, or the default of a field."""
-    path, _, last = name.rpartition(".")
-    holder = resolve(path if name.startswith(("assets.", "sensors.")) else f"render_platform.{path}")
-    if isinstance(holder, dict):
-        return holder[last]
+    whole = name if name.startswith(("assets.", "sensors.")) else f"render_platform.{name}"
+    if item := re.fullmatch(r'(.+)\["(\w+)"\]', whole):
+        return resolve(item[1])[item[2]]
+    path, _, last = whole.rpartition(".")
+    holder = resolve(path)
     if isinstance(holder, type) and issubclass(holder, msgspec.Struct):
         return {field.name: field.default for field in msgspec.structs.fields(holder)}[last]
     if dataclasses.is_dataclass(holder):

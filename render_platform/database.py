@@ -5,7 +5,8 @@ and then writes fails at once, whatever the time-out. The SQLite in use is the o
 interpreter's own may lack the fix for WAL-reset corruption with several writing connections (3.51.3).
 
 PostgreSQL gives the same promise by an advisory lock that every writing transaction holds to its end: writers come one
-after another there too, so that what was read in `write()` is still so at its commit.
+after another there too, so that what was read in `write()` is still so at its commit. Nothing asks for an order of text
+that collations differ in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from render_platform.errors import Unavailable, UsageError
+from render_platform.errors import RecordError, Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA
 
 try:
@@ -38,6 +39,10 @@ def _sql_type(kind: pa.DataType) -> sa.types.TypeEngine[Any]:
     if kind == pa.uuid() or pa.types.is_fixed_size_binary(kind):
         return sa.LargeBinary()
     return sa.Text() if pa.types.is_string(kind) else sa.BigInteger()
+
+
+def _partial(name: str, *columns: str, where: str) -> sa.Index:
+    return sa.Index(name, *columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
 lanes = sa.Table(
@@ -93,8 +98,8 @@ usage_events = sa.Table(
     sa.Column("lane", sa.Text, nullable=False),
     sa.Column("batch_id", sa.Text),
     sa.UniqueConstraint("job_id"),
-    sa.Index("usage_events_unsealed", "lane", "recorded_at", sqlite_where=sa.text("batch_id IS NULL")),
-    sa.Index("usage_events_by_batch", "batch_id", sqlite_where=sa.text("batch_id IS NOT NULL")),
+    _partial("usage_events_unsealed", "lane", "recorded_at", where="batch_id IS NULL"),
+    _partial("usage_events_by_batch", "batch_id", where="batch_id IS NOT NULL"),
 )
 log_head = sa.Table(
     "log_head",
@@ -134,14 +139,6 @@ reports = sa.Table(
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("dirty", sa.Boolean, nullable=False),  # a batch was logged into the hour after the report
 )
-repairs = sa.Table(
-    "repairs",
-    metadata,
-    sa.Column("repair_id", sa.Text, primary_key=True),
-    sa.Column("hour_us", sa.BigInteger, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),  # planned > logged | abandoned; of a day: rebuilding > rebuilt
-    sa.Column("event_ids", sa.LargeBinary, nullable=False),  # 16 bytes each, sorted
-)
 runs = sa.Table(
     "runs",
     metadata,
@@ -152,8 +149,6 @@ runs = sa.Table(
     sa.Column("next_row", sa.BigInteger, nullable=False),
     sa.Column("state", sa.Text, nullable=False),  # replaying > replayed > finished
 )
-
-
 gateways = sa.Table(
     "gateways",
     metadata,
@@ -187,7 +182,7 @@ jobs = sa.Table(
     sa.Column("finished_us", sa.BigInteger),
     sa.Column("error_code", sa.Text),
     sa.UniqueConstraint("gateway_id", "epoch", "seq"),
-    sa.Index("jobs_unfinished", "state", sqlite_where=sa.text("state IN ('queued', 'running')")),
+    _partial("jobs_unfinished", "state", where="state IN ('queued', 'running')"),
     sa.Index("jobs_by_customer", "customer_ref", "job_id"),
 )
 acceptances = sa.Table(  # what entries of the live lane have said, or will say, of the jobs of each epoch
@@ -229,12 +224,6 @@ idempotency_keys = sa.Table(  # never pruned
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("request_digest", sa.LargeBinary, nullable=False),
     sa.Column("job_id", sa.LargeBinary, nullable=False),
-)
-ingested = sa.Table(  # never pruned: duplicates are decided without a time window
-    "ingested",
-    metadata,
-    sa.Column("event_id", sa.LargeBinary, primary_key=True),  # a UUIDv8 of (source, id)
-    sa.Column("content_digest", sa.LargeBinary, nullable=False),
 )
 webhooks = sa.Table(
     "webhooks",
@@ -327,14 +316,22 @@ class Database:
                 yield connection
         except sa.exc.IntegrityError:
             raise
+        except sa.exc.DataError as error:  # PostgreSQL's own text may quote the value
+            raise RecordError("a value", "is not one that the database can hold", "see the message") from error
         except sa.exc.DatabaseError as error:
             held = isinstance(error, sa.exc.OperationalError)
-            remedy = "check the disk, and that no process holds a long lock" if held else "restore it from a backup"
+            part = "the server" if self.engine.dialect.name == "postgresql" else "the disk"
+            remedy = f"check {part}, and that no process holds a long lock" if held else "restore it from a backup"
             raise Unavailable(f"the database cannot be used: {error.orig}", remedy) from error
 
 
 PRAGMAS = "journal_mode=WAL synchronous=FULL foreign_keys=ON secure_delete=ON cache_size=-65536 wal_autocheckpoint=8000"
 """64 MiB of pages in memory; the journal is folded into the file every 32 MiB, which costs two waits for the disk."""
+
+
+def open_database(where: str) -> Database:
+    """The database of `Settings.database`: PostgreSQL at a URL, or SQLite in the file at a path."""
+    return open_postgres(where) if where.startswith("postgresql:") else open_sqlite(Path(where))
 
 
 def open_sqlite(path: Path) -> Database:
@@ -356,7 +353,7 @@ def open_sqlite(path: Path) -> Database:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        begin = "BEGIN IMMEDIATE" if _writes(connection) else "BEGIN DEFERRED"
+        begin = "BEGIN IMMEDIATE" if connection.get_execution_options().get("writes", True) else "BEGIN DEFERRED"
         with _driver(connection, begin) as cursor:
             cursor.execute(begin)
 
@@ -366,12 +363,14 @@ def open_sqlite(path: Path) -> Database:
 def open_postgres(dsn: str) -> Database:
     """Open the PostgreSQL database at `dsn` (`postgresql://user@host/name`), making its tables where they are missing.
 
-    Needs psycopg 3. Commits are durable when they return, whatever the server's default for synchronous_commit is.
+    Needs psycopg 3. Commits are durable when they return, whatever the server's default for synchronous_commit is. A
+    connection is tried before it is used: one that a restarted server has dropped is made again.
     """
     durable = f"-c synchronous_commit=on -c lock_timeout={BUSY_TIMEOUT_S}s"
     try:
         address = sa.make_url(dsn).set(drivername="postgresql+psycopg")
-        engine = sa.create_engine(address, connect_args={"options": durable}, hide_parameters=True)
+        arguments = {"options": f"{address.query.get('options', '')} {durable}", "connect_timeout": BUSY_TIMEOUT_S}
+        engine = sa.create_engine(address, connect_args=arguments, hide_parameters=True, pool_pre_ping=True)
     except ImportError as error:
         raise Unavailable("PostgreSQL needs psycopg", "install psycopg[binary]") from error
     except (sa.exc.ArgumentError, ValueError):  # its text may quote a password
@@ -379,16 +378,12 @@ def open_postgres(dsn: str) -> Database:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        if _writes(connection):  # Each later statement sees what stood when the lock was given, and nothing after it.
+        if connection.get_execution_options().get("writes", True):  # later statements see what stood when it was given
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
         else:
             connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
     return _with_tables(Database(engine))
-
-
-def _writes(connection: sa.Connection) -> bool:
-    return bool(connection.get_execution_options().get("writes", True))
 
 
 def _with_tables(database: Database) -> Database:

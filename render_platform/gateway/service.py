@@ -22,7 +22,7 @@ from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import US_PER_SECOND, Clock, Ids, SystemClock, SystemIds, uuid7
 from render_platform.config import Settings
-from render_platform.database import gateways, job_outputs, open_sqlite
+from render_platform.database import gateways, job_outputs, open_database
 from render_platform.errors import Missing, PlatformError, SequencerStopped, Unavailable, UsageError
 from render_platform.events import UsageEvent
 from render_platform.gateway.acceptance import acceptance_of, signing
@@ -80,7 +80,7 @@ class Gateway:
         self.clock, self.ids = clock or SystemClock(), ids or SystemIds()
         self.catalogue = make_catalogue(settings.catalogue)
         self._lock = _lock(settings.state_dir / "gateway.lock")
-        self.database = open_sqlite(settings.database_path)
+        self.database = open_database(settings.database)
         self.outbox = Outbox(self.database, self.ids)
         self.archive = Archive(self.database, self.clock, self.ids)
         blobs, self.log_objects = open_objects(settings, self.ids)
@@ -214,9 +214,7 @@ class Gateway:
 
     def _journal_setup(self, keys: RoleKeys) -> Setup:
         settings, key = self.settings, str(keys.path("gateway"))
-        return Setup(
-            __version__, str(settings.database_path), self.gateway_id, self.epoch, settings.gateway_signer, key
-        )
+        return Setup(__version__, settings.database, self.gateway_id, self.epoch, settings.gateway_signer, key)
 
     def request_id(self, given: str | None) -> uuid.UUID:
         """The client's own id where it is a UUID, else a new one."""

@@ -14,9 +14,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from render_platform import database as sql
 from render_platform.clock import SystemIds, uuid7
-from render_platform.database import Database, open_sqlite
+from render_platform.database import Database
 from render_platform.errors import Unavailable
 from render_platform.events import UsageEvent
 from render_platform.gateway.archive import Archive
@@ -30,6 +29,8 @@ from render_platform.gateway.store import Do, JobStore, Operation
 from render_platform.gateway.writer import Writer
 from render_platform.outbox import Outbox
 from tests.gateway.virtual_time import LoopClock, now_ns, virtual_loop
+from tests.platforms import connect, open_database_of
+from tests.postgres import CHOSEN
 
 Behaviour = Callable[[Attempt], Awaitable[Answer]]
 
@@ -156,12 +157,15 @@ class FaultyDatabase(Database):
 
 def open_faulty(path: Path, wait_s: float = 30) -> FaultyDatabase:
     """`wait_s`: how long a transaction waits for another process's."""
-    found = open_sqlite(path)
+    found = open_database_of(path.parent)
     found.close()
 
     @sa.event.listens_for(found.engine, "connect")
     def _wait(connection: Any, _record: Any) -> None:
-        connection.execute(f"PRAGMA busy_timeout = {int(wait_s * 1_000)}")
+        own = f"SET lock_timeout = {int(wait_s * 1_000)}" if CHOSEN else f"PRAGMA busy_timeout = {int(wait_s * 1_000)}"
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(own)
+        connection.commit()
 
     return FaultyDatabase(found.engine)
 
@@ -254,7 +258,7 @@ class Rig:
 
 def read_sql(path: Path, query: str, *values: Any) -> list[Any]:
     """Through a connection of its own: it sees what is committed, and nothing else."""
-    with closing(vars(sql)["sqlite_module"].connect(path)) as connection:
+    with closing(connect(path.parent)) as connection:
         found: list[Any] = connection.execute(query, values).fetchall()
         connection.commit()
         return found

@@ -22,6 +22,7 @@ from render_platform.gateway.store import Accept, Finish, JobStore
 from render_platform.outbox import Outbox
 from tests.gateway.engines import Rig, backend, check_books, fails, hangs, make_engine, takes
 from tests.gateway.virtual_time import S, now_ns, pause, run, until, virtual_loop
+from tests.platforms import lose_database
 
 
 async def recover(rig: Rig, *models: ModelSpec) -> list[Job]:
@@ -119,7 +120,7 @@ def test_a_model_or_a_backend_that_is_gone_ends_its_jobs(tmp_path: Path) -> None
             ) + ([(None, "m", "f")] * 2 if not gone else [])
 
     for gone in (False, True):
-        (tmp_path / "platform.db").unlink(missing_ok=True)
+        lose_database(tmp_path)
         run(before)
         run(lambda gone=gone: after(gone))  # type: ignore[misc]
 

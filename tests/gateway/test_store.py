@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 
 from render_platform.clock import ManualClock, uuid7
-from render_platform.database import Database, metadata, open_sqlite
+from render_platform.database import Database, metadata
 from render_platform.errors import PlatformError, RecordError, Unavailable
 from render_platform.events import UsageEvent
 from render_platform.gateway.archive import Archive
@@ -36,7 +36,7 @@ from tests.gateway.engines import (
     takes,
 )
 from tests.gateway.virtual_time import pause, run
-from tests.platforms import SeededIds
+from tests.platforms import SeededIds, open_database_of
 
 MODEL = model_of([backend()])
 
@@ -92,7 +92,7 @@ class Books:
 @pytest.fixture
 def books(tmp_path: Path) -> Iterator[Books]:
     path, ids, clock = tmp_path / "platform.db", SeededIds(1), ManualClock(START_US)
-    database = open_sqlite(path)
+    database = open_database_of(tmp_path)
     gateway_id, epoch, _ = Archive(database, clock, ids).begin_epoch()
     outbox = FailingOutbox(database, ids)
     outbox.errors = []

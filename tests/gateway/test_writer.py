@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from render_platform import database as sql
-from render_platform.database import ingested
 from render_platform.errors import PlatformError, RecordError, Unavailable
+from render_platform.gateway.ingest import ingested
 from render_platform.gateway.store import Accept, Do
 from render_platform.gateway.writer import MAX_GROUP, Transactions, WriterEnded
 from tests.gateway.engines import (
@@ -32,6 +31,7 @@ from tests.gateway.engines import (
     takes,
 )
 from tests.gateway.virtual_time import S, pause, run, until, virtual_loop
+from tests.platforms import connect
 
 
 def insert(number: int) -> Do:
@@ -95,7 +95,7 @@ def test_a_database_that_is_locked_refuses_and_nothing_stands(tmp_path: Path) ->
     async def test() -> None:
         one = backend(capacity=2)
         async with make_engine(tmp_path, one, wait_s=0.05, max_queue=2) as rig:
-            with closing(vars(sql)["sqlite_module"].connect(rig.path, isolation_level=None)) as other:
+            with closing(connect(rig.path.parent)) as other:
                 other.execute("BEGIN IMMEDIATE")
                 for _ in range(3):  # slots and places are given back each time
                     asked = await asyncio.gather(rig.submit(), rig.submit(), return_exceptions=True)

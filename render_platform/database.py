@@ -316,8 +316,8 @@ class Database:
                 yield connection
         except sa.exc.IntegrityError:
             raise
-        except sa.exc.DataError as error:  # PostgreSQL's own text may quote the value
-            raise RecordError("a value", "is not one that the database can hold", "see the message") from error
+        except sa.exc.DataError:  # its text may quote the value
+            raise RecordError("a value", "is not one that PostgreSQL can hold", "leave out NUL characters") from None
         except sa.exc.DatabaseError as error:
             held = isinstance(error, sa.exc.OperationalError)
             part = "the server" if self.engine.dialect.name == "postgresql" else "the disk"

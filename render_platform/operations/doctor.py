@@ -38,8 +38,7 @@ LEAST_FREE_BYTES, FEW_FREE_BYTES = 1024**3, 10 * 1024**3
 MAX_SKEW_US = 5 * US_PER_SECOND
 SAFE_SQLITE = (3, 51, 3)
 """The first in which a log of writes that is reset under several writers is whole."""
-_DURABLE = ("fsync", "full_page_writes")
-_SERVER = ("server_version", "server_encoding", *_DURABLE)
+_SERVER = ("server_version", "server_encoding", "fsync", "synchronous_commit")
 _SERVER_US = sa.cast(sa.extract("epoch", sa.func.clock_timestamp()) * US_PER_SECOND, sa.BigInteger)
 ANSWER_S = 5
 MAX_ANSWER_BYTES = 1024**2
@@ -156,11 +155,10 @@ class Doctor:
         before_us = self._clock.now_us()
         row = connection.execute(sa.select(*map(sa.func.current_setting, _SERVER), _SERVER_US)).one()
         skew_us = _apart_us(before_us, row[-1], self._clock.now_us())
-        version, encoding, *durable, _ = row
-        wrong = [name for name, value in zip(_DURABLE, durable, strict=True) if value != "on"]
-        if wrong:
-            says = f"PostgreSQL {version} runs with {' and '.join(f'{name}=off' for name in wrong)}"
-            return Found(BAD, f"{says}: what was acknowledged may be lost", "set it to on in postgresql.conf")
+        version, encoding, fsync, commit = row[:4]
+        if (fsync, commit) != ("on", "on"):
+            says = f"PostgreSQL {version} runs with fsync={fsync} and synchronous_commit={commit}"
+            return Found(BAD, f"{says}: what was acknowledged may be lost", "set both to on in postgresql.conf")
         if encoding != "UTF8":
             return Found(BAD, f"the database's encoding is {encoding}", "make it anew with ENCODING 'UTF8'")
         if skew_us > MAX_SKEW_US:

@@ -61,20 +61,20 @@ def test_the_main_job(url: str, tmp_path: Path) -> None:
     story = command(url, env, "demo", "--state", state, "--json").json
     assert not list(state.glob("platform.db*"))
     verified = command(url, env, "verify", "--deep", "--state", state, "--json").json
-    assert (verified["events"], verified["size"]) == (story["events"], story["log_size"])
+    assert (verified["events"], verified["size"]) == (events := story["events"]["outbox"], story["log_size"])
 
     with running(state, database_url=url, clickhouse_dsn="http://127.0.0.1:9") as at:
         client = at.client()
         ended = [client.ended(client.queue(input=CHAT)["id"]) for _ in range(3)]
-    assert {one["status"] for one in ended} == {"success"}
+    assert {one["state"] for one in ended} == {"success"}
     with running(state, database_url=url, clickhouse_dsn="http://127.0.0.1:9") as at:  # its jobs stand
-        assert [at.client().get(f"/jobs/{one['id']}").json["status"] for one in ended] == ["success"] * 3
+        assert [at.client().get(f"/jobs/{one['id']}").json["state"] for one in ended] == ["success"] * 3
         assert at.gateway.epoch == 2
 
     command(url, env, "flush", "--state", state)
     counts = command(url, env, "status", "--state", state, "--json").json
-    assert (counts["accepted"], counts["finished"], counts["published"]) == (3, 3, story["events"] + 3)
-    assert command(url, env, "verify", "--deep", "--state", state, "--json").json["events"] == story["events"] + 3
+    assert (counts["accepted"], counts["finished"], counts["published"]) == (3, 3, events + 3)
+    assert command(url, env, "verify", "--deep", "--state", state, "--json").json["events"] == events + 3
     settings = load_settings({}, state_dir=state, database_url=url)
     with open_platform(settings) as platform:
         receipts = Receipts(platform.database, platform.cas, platform.log_objects)
@@ -93,7 +93,7 @@ def test_the_journals_process_opens_it_too_and_shows_no_password(url: str, tmp_p
         patch.setenv("RENDER_PLATFORM_DATABASE_URL", url)
         with running_gateway(tmp_path, catalogue) as (process, address):
             client = Client(int(address.rpartition(":")[2]))
-            assert client.ended(client.queue(model="m", input=CHAT)["id"])["status"] == "success"
+            assert client.ended(client.queue(model="m", input=CHAT)["id"])["state"] == "success"
             shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
             assert "render_platform.gateway.journal" in shown
             assert PASSWORD not in shown

@@ -18,7 +18,6 @@ from render_platform.database import (
     Database,
     customers,
     gateways,
-    ingested,
     job_bodies,
     job_outputs,
     jobs,
@@ -26,7 +25,7 @@ from render_platform.database import (
 )
 from render_platform.gateway.catalogue import Catalogue, ModelSpec
 from render_platform.gateway.jobs import FINISHED, Job, Request
-from render_platform.gateway.store import UNFINISHED
+from render_platform.gateway.store import UNFINISHED, ingested
 from render_platform.outbox import pruned_events
 
 LEASE_US = 15 * US_PER_SECOND

@@ -71,7 +71,7 @@ class Doctor:
         yield self._of("state folder", self._folder)
         yield self._of("disk", self._disk)
         database = self._settings.database_path
-        standing = bool(self._settings.database_url) or os.access(database, os.F_OK)  # no error in a folder closed to us
+        standing = bool(self._settings.database_url) or os.access(database, os.F_OK)  # no error in a closed folder
         for name in ("blobs", "log") if standing or self._settings.objects_url else ():
             yield self._of(f"store of {name}", partial(self._store, name))
         for part, look in (("database", self._database), ("clock", self._live_clock), ("log", self._log)):

@@ -5,8 +5,8 @@ and then writes fails at once, whatever the time-out. The SQLite in use is the o
 interpreter's own may lack the fix for WAL-reset corruption with several writing connections (3.51.3).
 
 PostgreSQL gives the same promise by an advisory lock that every writing transaction holds to its end: writers come one
-after another there too, so that what was read in `write()` is still so at its commit. Nothing asks for an order of text
-that collations differ in.
+after another there too, so that what was read in `write()` is still so at its commit. The server cuts off a holder that
+stands still, and undoes what it did. Nothing asks for an order of text that collations differ in.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ except ImportError:  # a platform without the wheel uses the interpreter's own
     import sqlite3 as sqlite_module
 
 BUSY_TIMEOUT_S = 30
+FROZEN_AFTER_S = 10  # without a statement; less than others wait for their turn, and than a lease lasts
 _WRITER_LOCK = 0x72656E646572  # the key of PostgreSQL's advisory lock, one in a database
 
 metadata = sa.MetaData()
@@ -237,10 +238,8 @@ webhooks = sa.Table(
 
 
 class Prepared:
-    """A statement that is compiled once a dialect, with values by the names of its parameters.
-
-    For the hot path, where SQLAlchemy's work on a statement outweighs the database's.
-    """
+    """A statement that is compiled once a dialect, with values by the names of its parameters: for the hot path, where
+    SQLAlchemy's work on a statement outweighs the database's."""
 
     def __init__(self, statement: sa.Insert | sa.Update | sa.Delete | sa.Select[Any], *names: str) -> None:
         self._statement, self._names = statement, names
@@ -306,6 +305,15 @@ class Database:
         with self._connection(writes=False) as connection, connection.begin():
             yield connection
 
+    @contextmanager
+    def settled(self) -> Iterator[sa.Connection]:
+        """As `read()`, once each write that was under way has ended: a server may yet commit for a lost connection."""
+        if self.engine.dialect.name == "postgresql":
+            with self._connection(writes=True) as connection, connection.begin():
+                pass
+        with self.read() as connection:
+            yield connection
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -319,7 +327,7 @@ class Database:
         except sa.exc.DataError:  # its text may quote the value
             raise RecordError("a value", "is not one that PostgreSQL can hold", "leave out NUL characters") from None
         except sa.exc.DatabaseError as error:
-            held = isinstance(error, sa.exc.OperationalError)
+            held = isinstance(error, sa.exc.OperationalError) or str(getattr(error.orig, "sqlstate", ""))[:2] == "25"
             part = "the server" if self.engine.dialect.name == "postgresql" else "the disk"
             remedy = f"check {part}, and that no process holds a long lock" if held else "restore it from a backup"
             raise Unavailable(f"the database cannot be used: {error.orig}", remedy) from error
@@ -335,15 +343,11 @@ def open_database(where: str) -> Database:
 
 
 def open_sqlite(path: Path) -> Database:
-    """Open the database at `path`, making it and its tables where they are missing.
-
-    The file is its owner's alone: it holds customers' ids and salts.
-    """
+    """Open the database at `path`, making it and its tables where they are missing."""
     if not path.exists():
-        path.touch(mode=0o600)
-    engine = sa.create_engine(
-        f"sqlite:///{path}", module=sqlite_module, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True
-    )
+        path.touch(mode=0o600)  # its owner's alone: it holds customers' ids and salts
+    wait = {"timeout": BUSY_TIMEOUT_S}
+    engine = sa.create_engine(f"sqlite:///{path}", module=sqlite_module, connect_args=wait, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
@@ -378,10 +382,11 @@ def open_postgres(dsn: str) -> Database:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
+        begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
         if connection.get_execution_options().get("writes", True):  # later statements see what stood when it was given
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
-        else:
-            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            bound = f"set_config('idle_in_transaction_session_timeout', '{FROZEN_AFTER_S}s', true)"
+            begin = f"SELECT pg_advisory_xact_lock({_WRITER_LOCK}), {bound}"
+        connection.exec_driver_sql(begin)
 
     return _with_tables(Database(engine))
 

@@ -54,7 +54,7 @@ def on_postgres(state: Path) -> bool:
 def settings_of(state: Path, **options: Any) -> Settings:
     """Of a state folder, with the kind of database that this run of the tests is about."""
     own: dict[str, Any] = {"database_url": postgres.url_of(state)} if on_postgres(state) else {}
-    return load_settings(environ={}, state_dir=state, **own, **options)
+    return load_settings(environ={}, state_dir=state, **(own | options))
 
 
 def make_platform(path: Path, clock: Clock | None = None, seed: int | str = 0, **options: Any) -> Platform:
@@ -82,6 +82,11 @@ def back_up(state: Path, name: str) -> None:
     (state / name).unlink(missing_ok=True)
     with closing(connect(state)) as connection:
         connection.execute("VACUUM INTO ?", [str(state / name)])
+
+
+def empty_copy(state: Path, name: str) -> Database:
+    """A new database that is kept under a name, as `back_up` keeps its copy."""
+    return open_database(postgres.make_copy(state, name) if postgres.CHOSEN else str(state / name))
 
 
 def restore(state: Path, name: str) -> None:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -139,15 +139,23 @@ def lose(state: Path) -> None:
     url_of.cache_clear()
 
 
+def make_copy(state: Path, copy: str, template: str = "template1") -> str:
+    """The URL of a new database that the file `copy` of the state folder names: it goes where the folder is copied."""
+    name = _name(state, copy)
+    _admin(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    (state / copy).write_text(name)
+    return make_database(name, template)
+
+
 def back_up(state: Path, copy: str) -> None:
     url_of(state)
-    _admin(f"DROP DATABASE IF EXISTS {_name(state, copy)} WITH (FORCE)")
-    make_database(_name(state, copy), _name(state))
+    make_copy(state, copy, _name(state))
 
 
 def restore(state: Path, copy: str) -> None:
     lose(state)
-    make_database(_name(state), _name(state, copy))
+    make_database(_name(state), (state / copy).read_text())
+    (state / NOTE).write_text(_name(state))
 
 
 def files_of(url: str) -> list[Path]:
@@ -166,8 +174,19 @@ def drop_all() -> None:
         url_of.cache_clear()
 
 
+class Done(NamedTuple):
+    """What sqlite3 gives for a statement that finds no rows."""
+
+    rowcount: int
+
+    def fetchall(self) -> list[Any]:
+        return []
+
+
 class Plain:
-    """Plain SQL as sqlite3 gives it: `?` stands for a value, rows are tuples, the order of inserts is `rowid`."""
+    """Plain SQL as sqlite3 gives it: `?` stands for a value, rows are tuples, and `rowid` for the order of inserts of
+    one connection: several fill pages of their own.
+    """
 
     def __init__(self, url: str) -> None:
         import psycopg
@@ -180,7 +199,8 @@ class Plain:
         text = sql.replace("rowid", "ctid")
         if values:
             text = text.replace("%", "%%").replace("?", "%s")
-        return self._connection.execute(text.encode(), values or None)
+        cursor = self._connection.execute(text.encode(), values or None)
+        return cursor if cursor.description else Done(cursor.rowcount)
 
     def executemany(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         for row in rows:

@@ -221,7 +221,8 @@ def check_writers(state: Path, writers: int) -> None:
     ]
     found = query(state, "SELECT event_id, gpu_time_ns FROM usage_events")
     assert sorted(found) == sorted((event.event_id.bytes, event.gpu_time_ns) for event in expected)
-    times = query(state, "SELECT recorded_at FROM usage_events ORDER BY rowid")
+    order = "xmin::text::bigint, recorded_at" if postgres.CHOSEN else "rowid"  # transactions are numbered as they write
+    times = query(state, f"SELECT recorded_at FROM usage_events ORDER BY {order}")
     assert times == sorted(times), "commits come in the order of recorded_at"
     assert query(state, "SELECT frontier_us FROM lanes") == [times[-1]]
     assert query(state, "SELECT count(*) FROM customers") == [(1,)]

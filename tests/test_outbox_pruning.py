@@ -123,7 +123,8 @@ def alter(state: Path, sql: str) -> None:
         connection.commit()
 
 
-OLDEST = "event_id = (SELECT min(event_id) FROM usage_events WHERE batch_id = (SELECT min(batch_id) FROM batches))"
+OF_FIRST = "batch_id = (SELECT min(batch_id) FROM batches)"
+OLDEST = f"event_id = (SELECT event_id FROM usage_events WHERE {OF_FIRST} ORDER BY event_id LIMIT 1)"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
+import sys
+import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -200,7 +205,6 @@ def test_the_doctor_finds_a_server_that_does_not_sync(tmp_path: Path) -> None:
 
 def test_it_is_the_same_database_for_all_who_open_it_at_once(url: str) -> None:
     """Tables are made once, whoever comes first."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def open_one(_: int) -> Database:
         return open_database(url)
@@ -208,3 +212,80 @@ def test_it_is_the_same_database_for_all_who_open_it_at_once(url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         for database in pool.map(open_one, range(4)):
             database.close()
+
+
+HOLDER = """
+import sys, sqlalchemy as sa
+from render_platform.database import customers, open_database
+from render_platform.gateway.writer import Transactions
+
+def row(name):
+    return customers.insert().values(customer_ref=name, issuer="key", customer_id=name, salt=b"s")
+
+class Rows:
+    def apply(self, connection, names):
+        self.last = names[-1]
+        for name in names:
+            connection.execute(row(name))
+            if name != "after":
+                print("holds", flush=True)
+                sys.stdin.readline()
+            if name == "reads":
+                connection.execute(sa.select(1))
+        return names
+
+    def committed(self):
+        pass
+
+    def stands(self, connection):
+        return connection.execute(sa.select(customers.c.salt).filter_by(customer_ref=self.last)).scalar() is not None
+
+writer = Transactions(open_database(sys.argv[1]), Rows())
+for name in (sys.argv[2], "after"):
+    (result,) = writer.write([name])
+    said = result if isinstance(result, str) else f"{type(result).__name__}: {result}"
+    print(f"> {said!r}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("then", ["commits", "reads"])
+def test_a_writer_that_stands_still_stops_nobody_for_long_and_learns_of_it(url: str, then: str) -> None:
+    with closing(open_database(url)) as database:
+        call = [sys.executable, "-c", HOLDER, url, then]
+        child = subprocess.Popen(call, cwd=Path(__file__).parents[1], stdin=-1, stdout=-1, stderr=-1, text=True)
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "holds\n"
+            child.send_signal(signal.SIGSTOP)
+            with database.write() as connection:  # before it gives up waiting
+                connection.execute(customers.insert().values(customer_ref="b", issuer="k", customer_id="b", salt=b""))
+            child.send_signal(signal.SIGCONT)
+            said = child.communicate("go on\n", timeout=30)[0]
+            refused, after = re.findall("^> '(.*)'$", said, re.MULTILINE)
+        finally:
+            child.kill()
+            child.communicate()
+        assert refused.startswith("Unavailable: the database cannot be used"), refused
+        assert "no process holds a long lock" in refused, refused
+        assert after == "after"
+        with database.read() as connection:
+            assert set(connection.execute(sa.select(customers.c.customer_ref)).scalars()) == {"after", "b"}
+
+
+def test_whether_a_commit_stands_is_asked_after_its_end(url: str) -> None:
+    """The server still works at it when the connection is lost: a plain read would not see it, and then it is there."""
+    with closing(open_database(url)) as database:
+        begun = threading.Event()
+
+        def commit_late() -> None:
+            with database.write() as connection:
+                connection.execute(customers.insert().values(customer_ref="a", issuer="k", customer_id="a", salt=b""))
+                begun.set()
+                threading.Event().wait(1)
+
+        with ThreadPoolExecutor(1) as pool:
+            late = pool.submit(commit_late)
+            assert begun.wait(10)
+            with database.settled() as connection:
+                assert connection.execute(sa.select(customers.c.customer_ref)).scalars().all() == ["a"]
+            late.result()

@@ -249,7 +249,8 @@ class Rig:
         return read_sql(self.path, query, *values)
 
     def events(self, what: str = "*") -> list[Any]:
-        return self.sql(f"SELECT {what} FROM usage_events ORDER BY rowid")
+        order = "" if "(" in what else " ORDER BY rowid"  # an aggregate is one row
+        return self.sql(f"SELECT {what} FROM usage_events{order}")
 
     @property
     def servers(self) -> Mapping[str, Server]:

@@ -24,8 +24,9 @@ from render_platform.database import (
     usage_events,
 )
 from render_platform.gateway.catalogue import Catalogue, ModelSpec
+from render_platform.gateway.ingest import ingested
 from render_platform.gateway.jobs import FINISHED, Job, Request
-from render_platform.gateway.store import UNFINISHED, ingested
+from render_platform.gateway.store import UNFINISHED
 from render_platform.outbox import pruned_events
 
 LEASE_US = 15 * US_PER_SECOND

@@ -23,7 +23,6 @@ from render_platform.database import (
     job_bodies,
     job_outputs,
     jobs,
-    metadata,
     webhooks,
 )
 from render_platform.errors import PlatformError, UsageError
@@ -33,12 +32,6 @@ from render_platform.gateway.problems import Conflict
 from render_platform.outbox import LIVE, Outbox
 
 UNFINISHED = ("queued", "running")
-ingested = sa.Table(  # never pruned: duplicates are decided without a time window
-    "ingested",
-    metadata,
-    sa.Column("event_id", sa.LargeBinary, primary_key=True),  # a UUIDv8 of (source, id)
-    sa.Column("content_digest", sa.LargeBinary, nullable=False),
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ import pytest
 import sqlalchemy as sa
 
 from render_platform.errors import PlatformError, RecordError, Unavailable
-from render_platform.gateway.store import Accept, Do, ingested
+from render_platform.gateway.ingest import ingested
+from render_platform.gateway.store import Accept, Do
 from render_platform.gateway.writer import MAX_GROUP, Transactions, WriterEnded
 from tests.gateway.engines import (
     Rig,

@@ -78,6 +78,8 @@ class Settings:
     output_ttl_s: int = 86_400
     drain_s: int = 10
     """How long running jobs may take to end when the gateway is stopped; the next start takes over the rest."""
+    gateway_lease_s: int = 30
+    """Gateways that share a database: how long after its last sign of life the jobs of one are taken over."""
     report_every_s: int = 30
     """How often the gateway tells Dagster of its jobs."""
     outbox_retention_days: int = 30
@@ -130,6 +132,7 @@ class Settings:
             "burst": (1, 1_000_000),
             "output_ttl_s": (0, 31_536_000),
             "drain_s": (0, 3_600),
+            "gateway_lease_s": (3, 3_600),
             "report_every_s": (1, 3_600),
             "alert_repeat_s": (60, 604_800),
             "repair_automatically": (0, 1),

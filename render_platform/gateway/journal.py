@@ -35,8 +35,7 @@ from render_platform.clock import SystemClock, SystemIds
 from render_platform.config import configure_logs
 from render_platform.database import Database, open_database
 from render_platform.errors import RecordError, Unavailable
-from render_platform.gateway.acceptance import signing
-from render_platform.gateway.jobs import Job
+from render_platform.gateway.jobs import Job, signing
 from render_platform.gateway.journal_messages import (
     Reply,
     Told,

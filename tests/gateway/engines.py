@@ -24,6 +24,7 @@ from render_platform.gateway.catalogue import BackendSpec, ModelSpec
 from render_platform.gateway.engine import Engine
 from render_platform.gateway.fleet import Device, Fleet, Server
 from render_platform.gateway.jobs import Job, Outcome, Request
+from render_platform.gateway.leases import Lease
 from render_platform.gateway.meters import WallClockMeter
 from render_platform.gateway.store import Do, JobStore, Operation
 from render_platform.gateway.writer import Writer
@@ -32,6 +33,7 @@ from tests.gateway.virtual_time import LoopClock, now_ns, virtual_loop
 from tests.platforms import connect, open_database_of
 from tests.postgres import CHOSEN
 
+LEASE_S = 30
 Behaviour = Callable[[Attempt], Awaitable[Answer]]
 
 
@@ -208,6 +210,7 @@ class Rig:
     writer: WatchedWriter
     engine: Engine
     archive: Archive
+    lease: Lease
     clock: LoopClock
     model: ModelSpec
     backends: dict[str, FakeBackend]
@@ -278,8 +281,8 @@ async def make_engine(
     """An engine of a new epoch over the database in `tmp_path`. At the end it stops as a gateway does, at once."""
     path = tmp_path / "platform.db"
     database, clock, ids = open_faulty(path, wait_s), LoopClock(), SystemIds()
-    archive = Archive(database, clock, ids)
-    gateway_id, epoch, _ = archive.begin_epoch()
+    archive, lease = Archive(database, clock), Lease(database, clock, ids, tmp_path / "gateway.id", LEASE_S)
+    gateway_id, epoch = lease.begin().epoch
     store = JobStore(outbox(database, ids), clock, ids, gateway_id, epoch)
     writer = WatchedWriter(database, store, virtual_loop())
     backends = backends or (backend(),)
@@ -296,7 +299,7 @@ async def make_engine(
     writer.start()
     try:
         model_spec = model_of(backends, **model)
-        yield Rig(path, database, store, writer, engine, archive, clock, model_spec, by_name, told)
+        yield Rig(path, database, store, writer, engine, archive, lease, clock, model_spec, by_name, told)
     finally:
         await engine.drain(0)
         await writer.stop()

@@ -183,6 +183,8 @@ class GatewayServer(uvicorn.Server):
         """What keeps the gateway from starting is raised as it is: from within the application, it would be logged."""
         await self._gateway.start()
         await super().startup(sockets)
+        if self.should_exit and self.started:  # meanwhile: uvicorn would leave at once, and everything open
+            await self.shutdown(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Jobs first: until they have ended, new ones are told to come again; then connections."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -17,10 +19,13 @@ import pytest
 import sqlalchemy as sa
 
 from render_platform.clock import ManualClock
+from render_platform.config import load_settings
 from render_platform.database import Database, gateways, jobs, open_database, usage_events
 from render_platform.errors import UsageError
+from render_platform.gateway.app import GatewayServer, server_config
 from render_platform.gateway.identity import ApiKeys, Terms
 from render_platform.gateway.leases import Lease
+from render_platform.gateway.service import Gateway
 from tests import postgres
 from tests.factories import START_US
 from tests.gateway.http import CHAT, Client, Running, eventually, running
@@ -155,6 +160,19 @@ def test_a_gateway_without_its_database_for_a_lease_runs_nothing_any_more(url: s
             assert at.stage.left.wait(20), "the attempt goes on"
             eventually(at.gateway.died.is_set)
     assert rows(url, sa.select(jobs.c.state, jobs.c.attempt)) == [("running", 1)]
+
+
+def test_a_gateway_that_is_told_to_end_while_it_starts_closes_everything(tmp_path: Path) -> None:
+    async def serve() -> Gateway:
+        gateway = Gateway(load_settings({}, state_dir=tmp_path / "state"))
+        server = GatewayServer(server_config(gateway), gateway)
+        server.should_exit = True
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            await server.serve([listening])
+        return gateway
+
+    assert asyncio.run(serve())._lock.closed
 
 
 # What may not be two's.

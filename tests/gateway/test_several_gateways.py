@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -22,7 +21,7 @@ from render_platform.clock import ManualClock
 from render_platform.config import load_settings
 from render_platform.database import Database, gateways, jobs, open_database, usage_events
 from render_platform.errors import UsageError
-from render_platform.gateway.app import GatewayServer, server_config
+from render_platform.gateway.app import serve
 from render_platform.gateway.identity import ApiKeys, Terms
 from render_platform.gateway.leases import Lease
 from render_platform.gateway.service import Gateway
@@ -162,17 +161,19 @@ def test_a_gateway_without_its_database_for_a_lease_runs_nothing_any_more(url: s
     assert rows(url, sa.select(jobs.c.state, jobs.c.attempt)) == [("running", 1)]
 
 
-def test_a_gateway_that_is_told_to_end_while_it_starts_closes_everything(tmp_path: Path) -> None:
-    async def serve() -> bool:
-        gateway = Gateway(load_settings({}, state_dir=tmp_path / "state"))
-        server = GatewayServer(server_config(gateway), gateway)
-        server.should_exit = True
-        with socket.socket() as listening:
-            listening.bind(("127.0.0.1", 0))
-            await server.serve([listening])
-        return gateway._lock.closed
+def test_a_gateway_whose_lease_runs_out_while_it_starts_ends_in_order(tmp_path: Path) -> None:
+    async def run() -> int:
+        gateway = Gateway(load_settings({}, state_dir=tmp_path / "state", gateway_port=0))
+        start = gateway.start
 
-    assert asyncio.run(serve())
+        async def die() -> None:
+            await start()
+            gateway.died.set()
+
+        gateway.start = die  # type: ignore[method-assign]
+        return await serve(gateway, lambda url: pytest.fail(f"{url} is told as ready"))
+
+    assert asyncio.run(run()) == 3
 
 
 # What may not be two's.

@@ -45,12 +45,6 @@ MAX_EVENTS = 1_000
 MAX_CHARACTERS = 200
 MAX_AHEAD_US = 300 * US_PER_SECOND
 """How far a reporter's clock may be ahead of ours."""
-ingested = sa.Table(  # never pruned: duplicates are decided without a time window
-    "ingested",
-    metadata,
-    sa.Column("event_id", sa.LargeBinary, primary_key=True),  # a UUIDv8 of (source, id)
-    sa.Column("content_digest", sa.LargeBinary, nullable=False),
-)
 NOBODY = "0" * 64
 """Stands for a customer whose reference is not known yet."""
 REQUIRED = ("model", "model_family", "model_type", "modality", "task", "gpu_time_ns")

@@ -152,9 +152,9 @@ class Gateway:
 
     async def start(self) -> None:
         """Open backends, take over what a former epoch left, and begin. UsageError where a backend is misconfigured."""
-        await asyncio.to_thread(self._check_evidence)
         self.writer.start()
-        self._go_on(self._keep_lease())
+        self._go_on(self._keep_lease())  # first: a store that answers late must not cost the lease
+        await asyncio.to_thread(self._check_evidence)
         if self.journal is not None:
             await self.journal.start()
         for server in self.fleet.servers.values():

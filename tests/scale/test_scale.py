@@ -1,4 +1,4 @@
-"""PostgreSQL, SeaweedFS, ClickHouse behind the bridge, three gateways and two flushers, under an hour's traffic in two
+"""PostgreSQL, SeaweedFS, ClickHouse behind the bridge, three gateways and two flushers, under an hour's traffic in four
 minutes; one of each kind is killed and started again, and one gateway is frozen for longer than its lease."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tests.scale.traffic import Told, drive
 pytestmark = pytest.mark.skipif(
     not os.environ.get("RENDER_TEST_SCALE"), reason="THE WHOLE AT ONCE IS NOT TESTED: run `make test-scale`"
 )
-JOBS, SECONDS = 7_200, float(os.environ.get("RENDER_TEST_SCALE_SECONDS", "120"))
+JOBS, SECONDS = 7_200, float(os.environ.get("RENDER_TEST_SCALE_SECONDS", "240"))
 """Two requests a second for an hour."""
 GATEWAYS, FLUSHERS = ("g0", "g1", "g2"), ("f0", "f1")
 
@@ -111,8 +111,8 @@ def faults(whole: Whole) -> list[tuple[float, str, Callable[[], object]]]:
         return act
 
     return [
-        (0.10, "gateway g0 killed, back after two leases", killed("g0", 2.2 * LEASE_S)),
-        (0.15, "flusher f0 killed", killed("f0", 3)),
+        (0.05, "gateway g0 killed, back after two leases", killed("g0", 2.2 * LEASE_S)),
+        (0.10, "flusher f0 killed", killed("f0", 3)),
         (0.35, "PostgreSQL killed", killed("postgresql", 2)),
         (0.50, "SeaweedFS killed", killed("seaweedfs", 3)),
         (0.60, "the bridge killed", killed("bridge", 10)),

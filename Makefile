@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui fuzz audit sbom check lint types imports lock clean
+.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui fuzz audit sbom test-postgres test-scale check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -40,6 +40,15 @@ bench-week: $(READY)  ## a week of load, compressed: what storage and memory bec
 
 test: check  ## everything that must pass
 	$(BIN)/python -m pytest
+
+ON_POSTGRES := $(addprefix tests/,$(addprefix test_,outbox.py outbox_pruning.py sealing.py hours.py audit_log.py \
+  audit_log_stops.py late_events.py recovery.py restore_drill.py receipts.py erasure.py charging.py) faults \
+  $(addprefix gateway/test_,store.py engine.py recovery.py routes.py writer.py ingest.py identity.py))
+test-scale: $(READY)  ## three gateways, two flushers, PostgreSQL, SeaweedFS and the bridge, one of each killed (some minutes)
+	RENDER_TEST_SCALE=yes $(BIN)/python -m pytest -s -rs tests/scale
+
+test-postgres: $(READY)  ## the suites of outbox, jobs and log on PostgreSQL (needs Debian's postgresql)
+	RENDER_TEST_DATABASE=postgres $(BIN)/python -m pytest tests/test_postgres.py $(ON_POSTGRES)
 
 CHROMIUM ?= /usr/bin/chromium
 test-ui: $(READY)  ## what a person does in Dagster's UI and on the gateway's page, in Chromium (some minutes)

@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import hmac
 import os
+import re
 import secrets
 import signal
 import socket
@@ -77,7 +78,7 @@ class Bridge:
 
     def __init__(self, folder: Path, port: int) -> None:
         self._folder = folder.resolve()
-        self._token = secrets.token_urlsafe(32)
+        self._token = _password()
         self._held = 0
         with ExitStack() as undo:
             undo.callback(_own(self._folder).release)
@@ -272,6 +273,14 @@ def _own(folder: Path) -> FolderLock:
     if lock is None:
         raise Unavailable(*OWNED)
     return lock
+
+
+def _password() -> str:
+    """BRIDGE_PASSWORD, for clients on the same machine that outlive the bridge; else a new one each time."""
+    chosen = os.environ.get("BRIDGE_PASSWORD", "")
+    if chosen and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", chosen):
+        raise UsageError("BRIDGE_PASSWORD is not one", "set 16 … 128 letters, digits, _ and -")
+    return chosen or secrets.token_urlsafe(32)
 
 
 def _listener(port: int) -> socket.socket:

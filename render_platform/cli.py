@@ -101,7 +101,7 @@ def clickhouse(state: Path | None, port: int) -> None:
 def migrate(check: bool, state: Path | None, as_json: bool) -> None:
     """Bring ClickHouse's tables to this version. Whatever writes to ClickHouse does so too."""
     settings = load_settings(state_dir=state)
-    if not settings.clickhouse_dsn and not settings.database_path.exists():
+    if not settings.clickhouse_dsn and not settings.has_state:
         raise UsageError(f"{settings.state_dir} holds no platform state", "give --state DIR, or name a server")
     found = pending_migrations(settings.clickhouse_url, settings.clickhouse_database)
     if not check:

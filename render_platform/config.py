@@ -30,6 +30,8 @@ class Settings:
     """Where a platform keeps its state, and its limits. Every field can be set as RENDER_PLATFORM_<FIELD>."""
 
     state_dir: Path = field(default=Path("state"))
+    database_url: str = field(default="", repr=False)  # may hold a password
+    """postgresql://user:password@host:port/name. Empty: SQLite, in the state folder."""
     clickhouse_dsn: str = field(default="", repr=False)  # may hold a password
     """Empty: the embedded engine in the state folder."""
     clickhouse_database: str = "render_platform"
@@ -77,6 +79,8 @@ class Settings:
     output_ttl_s: int = 86_400
     drain_s: int = 10
     """How long running jobs may take to end when the gateway is stopped; the next start takes over the rest."""
+    gateway_lease_s: int = 30
+    """Gateways that share a database: how long after its last sign of life the jobs of one are taken over."""
     report_every_s: int = 30
     """How often the gateway tells Dagster of its jobs."""
     outbox_retention_days: int = 30
@@ -129,6 +133,7 @@ class Settings:
             "burst": (1, 1_000_000),
             "output_ttl_s": (0, 31_536_000),
             "drain_s": (0, 3_600),
+            "gateway_lease_s": (3, 3_600),
             "report_every_s": (1, 3_600),
             "alert_repeat_s": (60, 604_800),
             "repair_automatically": (0, 1),
@@ -139,12 +144,25 @@ class Settings:
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
                 raise UsageError(f"{name} is {getattr(self, name)}", f"set it to {low} … {high}")
+        if self.database_url and not self.database_url.startswith("postgresql://"):  # not shown: it may be a secret
+            raise UsageError("database_url is no PostgreSQL URL", "set it to postgresql://user:password@host:port/name")
         if self.witness_policy not in ("publish", "hold"):
             raise UsageError(f"witness_policy is {self.witness_policy!r}", "set it to publish or hold")
 
     @property
     def database_path(self) -> Path:
+        """SQLite's file, where no other database is configured."""
         return self.state_dir / "platform.db"
+
+    @property
+    def database(self) -> str:
+        """What `open_database` takes: a URL, which may hold a password, or the path of SQLite's file."""
+        return self.database_url or str(self.database_path)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a platform to open. A server's database is one: its tables are made where they lack."""
+        return bool(self.database_url) or self.database_path.exists()
 
     @property
     def keys_dir(self) -> Path:

@@ -5,7 +5,8 @@ and then writes fails at once, whatever the time-out. The SQLite in use is the o
 interpreter's own may lack the fix for WAL-reset corruption with several writing connections (3.51.3).
 
 PostgreSQL gives the same promise by an advisory lock that every writing transaction holds to its end: writers come one
-after another there too, so that what was read in `write()` is still so at its commit.
+after another there too, so that what was read in `write()` is still so at its commit. The server cuts off a holder that
+stands still, and undoes what it did. Nothing asks for an order of text that collations differ in.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy import event
 
-from render_platform.errors import Unavailable, UsageError
+from render_platform.errors import RecordError, Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA
 
 try:
@@ -29,6 +30,7 @@ except ImportError:  # a platform without the wheel uses the interpreter's own
     import sqlite3 as sqlite_module
 
 BUSY_TIMEOUT_S = 30
+FROZEN_AFTER_S = 10  # without a statement; less than others wait for their turn, and than a lease lasts
 _WRITER_LOCK = 0x72656E646572  # the key of PostgreSQL's advisory lock, one in a database
 
 metadata = sa.MetaData()
@@ -38,6 +40,10 @@ def _sql_type(kind: pa.DataType) -> sa.types.TypeEngine[Any]:
     if kind == pa.uuid() or pa.types.is_fixed_size_binary(kind):
         return sa.LargeBinary()
     return sa.Text() if pa.types.is_string(kind) else sa.BigInteger()
+
+
+def _partial(name: str, *columns: str, where: str) -> sa.Index:
+    return sa.Index(name, *columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
 lanes = sa.Table(
@@ -93,8 +99,8 @@ usage_events = sa.Table(
     sa.Column("lane", sa.Text, nullable=False),
     sa.Column("batch_id", sa.Text),
     sa.UniqueConstraint("job_id"),
-    sa.Index("usage_events_unsealed", "lane", "recorded_at", sqlite_where=sa.text("batch_id IS NULL")),
-    sa.Index("usage_events_by_batch", "batch_id", sqlite_where=sa.text("batch_id IS NOT NULL")),
+    _partial("usage_events_unsealed", "lane", "recorded_at", where="batch_id IS NULL"),
+    _partial("usage_events_by_batch", "batch_id", where="batch_id IS NOT NULL"),
 )
 log_head = sa.Table(
     "log_head",
@@ -134,14 +140,6 @@ reports = sa.Table(
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("dirty", sa.Boolean, nullable=False),  # a batch was logged into the hour after the report
 )
-repairs = sa.Table(
-    "repairs",
-    metadata,
-    sa.Column("repair_id", sa.Text, primary_key=True),
-    sa.Column("hour_us", sa.BigInteger, nullable=False),
-    sa.Column("state", sa.Text, nullable=False),  # planned > logged | abandoned; of a day: rebuilding > rebuilt
-    sa.Column("event_ids", sa.LargeBinary, nullable=False),  # 16 bytes each, sorted
-)
 runs = sa.Table(
     "runs",
     metadata,
@@ -152,8 +150,6 @@ runs = sa.Table(
     sa.Column("next_row", sa.BigInteger, nullable=False),
     sa.Column("state", sa.Text, nullable=False),  # replaying > replayed > finished
 )
-
-
 gateways = sa.Table(
     "gateways",
     metadata,
@@ -187,7 +183,7 @@ jobs = sa.Table(
     sa.Column("finished_us", sa.BigInteger),
     sa.Column("error_code", sa.Text),
     sa.UniqueConstraint("gateway_id", "epoch", "seq"),
-    sa.Index("jobs_unfinished", "state", sqlite_where=sa.text("state IN ('queued', 'running')")),
+    _partial("jobs_unfinished", "state", where="state IN ('queued', 'running')"),
     sa.Index("jobs_by_customer", "customer_ref", "job_id"),
 )
 acceptances = sa.Table(  # what entries of the live lane have said, or will say, of the jobs of each epoch
@@ -230,12 +226,6 @@ idempotency_keys = sa.Table(  # never pruned
     sa.Column("request_digest", sa.LargeBinary, nullable=False),
     sa.Column("job_id", sa.LargeBinary, nullable=False),
 )
-ingested = sa.Table(  # never pruned: duplicates are decided without a time window
-    "ingested",
-    metadata,
-    sa.Column("event_id", sa.LargeBinary, primary_key=True),  # a UUIDv8 of (source, id)
-    sa.Column("content_digest", sa.LargeBinary, nullable=False),
-)
 webhooks = sa.Table(
     "webhooks",
     metadata,
@@ -248,10 +238,8 @@ webhooks = sa.Table(
 
 
 class Prepared:
-    """A statement that is compiled once a dialect, with values by the names of its parameters.
-
-    For the hot path, where SQLAlchemy's work on a statement outweighs the database's.
-    """
+    """A statement that is compiled once a dialect, with values by the names of its parameters: for the hot path, where
+    SQLAlchemy's work on a statement outweighs the database's."""
 
     def __init__(self, statement: sa.Insert | sa.Update | sa.Delete | sa.Select[Any], *names: str) -> None:
         self._statement, self._names = statement, names
@@ -317,6 +305,15 @@ class Database:
         with self._connection(writes=False) as connection, connection.begin():
             yield connection
 
+    @contextmanager
+    def settled(self) -> Iterator[sa.Connection]:
+        """As `read()`, once each write that was under way has ended: a server may yet commit for a lost connection."""
+        if self.engine.dialect.name == "postgresql":
+            with self._connection(writes=True) as connection, connection.begin():
+                pass
+        with self.read() as connection:
+            yield connection
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -327,9 +324,12 @@ class Database:
                 yield connection
         except sa.exc.IntegrityError:
             raise
+        except sa.exc.DataError:  # its text may quote the value
+            raise RecordError("a value", "is not one that PostgreSQL can hold", "leave out NUL characters") from None
         except sa.exc.DatabaseError as error:
-            held = isinstance(error, sa.exc.OperationalError)
-            remedy = "check the disk, and that no process holds a long lock" if held else "restore it from a backup"
+            held = isinstance(error, sa.exc.OperationalError) or str(getattr(error.orig, "sqlstate", ""))[:2] == "25"
+            part = "the server" if self.engine.dialect.name == "postgresql" else "the disk"
+            remedy = f"check {part}, and that no process holds a long lock" if held else "restore it from a backup"
             raise Unavailable(f"the database cannot be used: {error.orig}", remedy) from error
 
 
@@ -337,16 +337,17 @@ PRAGMAS = "journal_mode=WAL synchronous=FULL foreign_keys=ON secure_delete=ON ca
 """64 MiB of pages in memory; the journal is folded into the file every 32 MiB, which costs two waits for the disk."""
 
 
-def open_sqlite(path: Path) -> Database:
-    """Open the database at `path`, making it and its tables where they are missing.
+def open_database(where: str) -> Database:
+    """The database of `Settings.database`: PostgreSQL at a URL, or SQLite in the file at a path."""
+    return open_postgres(where) if where.startswith("postgresql:") else open_sqlite(Path(where))
 
-    The file is its owner's alone: it holds customers' ids and salts.
-    """
+
+def open_sqlite(path: Path) -> Database:
+    """Open the database at `path`, making it and its tables where they are missing."""
     if not path.exists():
-        path.touch(mode=0o600)
-    engine = sa.create_engine(
-        f"sqlite:///{path}", module=sqlite_module, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True
-    )
+        path.touch(mode=0o600)  # its owner's alone: it holds customers' ids and salts
+    wait = {"timeout": BUSY_TIMEOUT_S}
+    engine = sa.create_engine(f"sqlite:///{path}", module=sqlite_module, connect_args=wait, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
@@ -356,7 +357,7 @@ def open_sqlite(path: Path) -> Database:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        begin = "BEGIN IMMEDIATE" if _writes(connection) else "BEGIN DEFERRED"
+        begin = "BEGIN IMMEDIATE" if connection.get_execution_options().get("writes", True) else "BEGIN DEFERRED"
         with _driver(connection, begin) as cursor:
             cursor.execute(begin)
 
@@ -366,12 +367,14 @@ def open_sqlite(path: Path) -> Database:
 def open_postgres(dsn: str) -> Database:
     """Open the PostgreSQL database at `dsn` (`postgresql://user@host/name`), making its tables where they are missing.
 
-    Needs psycopg 3. Commits are durable when they return, whatever the server's default for synchronous_commit is.
+    Needs psycopg 3. Commits are durable when they return, whatever the server's default for synchronous_commit is. A
+    connection is tried before it is used: one that a restarted server has dropped is made again.
     """
     durable = f"-c synchronous_commit=on -c lock_timeout={BUSY_TIMEOUT_S}s"
     try:
         address = sa.make_url(dsn).set(drivername="postgresql+psycopg")
-        engine = sa.create_engine(address, connect_args={"options": durable}, hide_parameters=True)
+        arguments = {"options": f"{address.query.get('options', '')} {durable}", "connect_timeout": BUSY_TIMEOUT_S}
+        engine = sa.create_engine(address, connect_args=arguments, hide_parameters=True, pool_pre_ping=True)
     except ImportError as error:
         raise Unavailable("PostgreSQL needs psycopg", "install psycopg[binary]") from error
     except (sa.exc.ArgumentError, ValueError):  # its text may quote a password
@@ -379,16 +382,13 @@ def open_postgres(dsn: str) -> Database:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
-        if _writes(connection):  # Each later statement sees what stood when the lock was given, and nothing after it.
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER_LOCK})")
-        else:
-            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+        if connection.get_execution_options().get("writes", True):  # later statements see what stood when it was given
+            bound = f"set_config('idle_in_transaction_session_timeout', '{FROZEN_AFTER_S}s', true)"
+            begin = f"SELECT pg_advisory_xact_lock({_WRITER_LOCK}), {bound}"
+        connection.exec_driver_sql(begin)
 
     return _with_tables(Database(engine))
-
-
-def _writes(connection: sa.Connection) -> bool:
-    return bool(connection.get_execution_options().get("writes", True))
 
 
 def _with_tables(database: Database) -> Database:

@@ -171,11 +171,8 @@ class Outbox:
 
     def finish_lane(self, connection: sa.Connection, lane: str, until_us: int) -> None:
         """No event will be recorded into `lane` again; its clock has come to `until_us`."""
-        connection.execute(
-            lanes.update()
-            .where(lanes.c.lane == lane)
-            .values(state="finished", frontier_us=sa.func.max(lanes.c.frontier_us, until_us))
-        )
+        later = sa.case((lanes.c.frontier_us < until_us, until_us), else_=lanes.c.frontier_us)
+        connection.execute(lanes.update().where(lanes.c.lane == lane).values(state="finished", frontier_us=later))
 
     def hour_is_due(self, now_us: int) -> bool:
         """Whether an hour of the live lane is over and not declared yet: an idle platform's hours close too."""

@@ -23,7 +23,7 @@ from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import DAY_US, Clock, Ids, SystemClock, SystemIds
 from render_platform.config import Settings
-from render_platform.database import Database, batches, checkpoints, log_entries, open_sqlite
+from render_platform.database import Database, batches, checkpoints, log_entries, open_database
 from render_platform.entries import END_OF_TIME_US, parse
 from render_platform.errors import Finding, Unavailable, UsageError
 from render_platform.events import merkle_root
@@ -56,7 +56,7 @@ class Platform:
         self.ids = ids
         self._duckdb_connect = duckdb_connect
         _make_state_folder(settings.state_dir)
-        self.database = open_sqlite(settings.database_path)
+        self.database = open_database(settings.database)
         self.blobs, self.log_objects = open_objects(settings, ids)
         self.cas = Cas(self.blobs)
         keys = RoleKeys(settings, self.database, self.cas)
@@ -204,7 +204,7 @@ def open_platform(
     duckdb_connect: DuckDB = duckdb.connect,
 ) -> Iterator[Platform]:
     """An open platform. Unless `create`, UsageError where the folder holds no state yet."""
-    if not create and not settings.database_path.exists():
+    if not create and not settings.has_state:
         raise UsageError(
             f"{settings.state_dir} holds no platform state", "run `render-platform demo`, or give --state DIR"
         )

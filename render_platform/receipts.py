@@ -20,7 +20,17 @@ import sqlalchemy as sa
 from render_platform import batches as batch_bytes
 from render_platform import canonical, merkle, tiles
 from render_platform.cas import Cas
-from render_platform.database import Database, customers, jobs, log_entries
+from render_platform.database import (
+    BUSY_TIMEOUT_S,
+    Database,
+    customers,
+    idempotency_keys,
+    job_bodies,
+    job_outputs,
+    jobs,
+    log_entries,
+    webhooks,
+)
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry, parse
 from render_platform.errors import Finding, Missing, Unavailable, UsageError
 from render_platform.events import canonical_rows, event_ids
@@ -43,6 +53,14 @@ RETRY_AFTER_S = 20
 """The age at which what waits is sealed, at the default cadence."""
 _CHECKPOINT = "checkpoint"
 _ROWS_AT_ONCE = 4_096
+_ASK_AGAIN_S = 0.2
+_CHOSEN = {table.name for table in (jobs, job_bodies, job_outputs, webhooks, idempotency_keys)}
+"""Tables that hold what customers chose or got."""
+_SEEING = sa.text(
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
+    " AND backend_xmin IS NOT NULL AND pid <> pg_backend_pid() AND xact_start < :begun"
+)
+"""Transactions for which PostgreSQL keeps rows that were deleted before a time."""
 
 
 class UnknownEvent(UsageError):
@@ -269,13 +287,15 @@ def forget_erased(connection: sa.Connection) -> int:
     return len(rows)
 
 
-def wipe(database: Database) -> None:
-    """Take what was deleted out of SQLite's files: write the database anew, and empty its log of writes.
+def wipe(database: Database, patience_s: float = BUSY_TIMEOUT_S) -> None:
+    """Take what was deleted out of the database's files: write them anew, and empty SQLite's log of writes.
 
-    Rows move between pages as tables grow, and older pages keep copies: deleting overwrites the last place only. Takes
-    a time in proportion to the database, in which others wait to write. Unavailable where others keep it from it.
+    Rows move between pages as tables grow, and older pages keep copies: deleting overwrites the last place at most.
+    Takes a time in proportion to the database, in which others wait. Unavailable where others keep it from it, on
+    PostgreSQL for longer than `patience_s`.
     """
-    if database.engine.dialect.name != "sqlite":
+    if database.engine.dialect.name == "postgresql":
+        _wipe_postgres(database, patience_s)
         return
     connection = database.engine.raw_connection()
     try:
@@ -288,6 +308,31 @@ def wipe(database: Database) -> None:
         connection.close()
     if busy:
         raise Unavailable("the database's log of writes is in use, and may still hold what was erased", _AGAIN)
+
+
+def _wipe_postgres(database: Database, patience_s: float) -> None:
+    """The tables that held what was erased, and the samples of their columns that the planner keeps, where the role may
+    write those anew. What the server's log of writes, its copies and its backups still hold: docs/gateway.md."""
+    with database.read() as connection:
+        inspector = sa.inspect(connection)
+        columns = {name: {one["name"] for one in inspector.get_columns(name)} for name in inspector.get_table_names()}
+    holding = sorted(name for name, have in columns.items() if name in _CHOSEN or have & {"customer_id", "customers"})
+    try:
+        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            _wait_for_older(connection, patience_s)
+            connection.exec_driver_sql(f"VACUUM (FULL, ANALYZE) {', '.join(holding)}")
+            connection.exec_driver_sql("VACUUM (FULL) pg_statistic")
+    except sa.exc.DatabaseError as error:
+        raise Unavailable(f"the database's files may still hold what was erased: {error.orig}", _AGAIN) from error
+
+
+def _wait_for_older(connection: sa.Connection, patience_s: float) -> None:
+    """A row that was deleted stays in the files for as long as a transaction that began before may read it."""
+    begun, until = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one(), time.monotonic() + patience_s
+    while seeing := connection.execute(_SEEING, {"begun": begun}).scalar_one():
+        if time.monotonic() > until:
+            raise Unavailable(f"{seeing} older transactions may still read what was erased, and keep it", _AGAIN)
+        time.sleep(_ASK_AGAIN_S)
 
 
 def _find(connection: sa.Connection, event_id: uuid.UUID) -> _Found:

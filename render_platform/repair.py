@@ -21,12 +21,20 @@ import sqlalchemy as sa
 
 from render_platform import canonical
 from render_platform.clock import DAY_US, HOUR_US, Clock, Ids, iso, uuid7
-from render_platform.database import Database, repairs
+from render_platform.database import Database, metadata
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Unavailable
 from render_platform.events import Totals, event_ids, total_gpu_time_ns, uuid_texts
 
 CHUNK_ROWS = 10_000
+repairs = sa.Table(
+    "repairs",
+    metadata,
+    sa.Column("repair_id", sa.Text, primary_key=True),
+    sa.Column("hour_us", sa.BigInteger, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),  # planned > logged | abandoned; of a day: rebuilding > rebuilt
+    sa.Column("event_ids", sa.LargeBinary, nullable=False),  # 16 bytes each, sorted
+)
 PLANNED, REBUILDING = "planned", "rebuilding"
 """States of a repair that is not finished: an insert's, and a rebuild's. They end as `logged` and as `rebuilt`."""
 

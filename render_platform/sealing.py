@@ -138,7 +138,7 @@ class Sealer:
                 records=records,
                 first_recorded_at=first,
                 last_recorded_at=last,
-                gpu_time_ns=str(gpu_time_ns),
+                gpu_time_ns=str(int(gpu_time_ns)),
                 complete_until=complete_until(connection, batch.lane),
             )
         )

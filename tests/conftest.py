@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from render_platform.pipeline import Platform
+from tests import postgres
 from tests.platforms import make_platform
 
 SEED = int(os.environ.get("RENDER_TEST_SEED") or secrets.randbelow(2**32))
@@ -66,6 +67,12 @@ def remove_memory() -> None:
 def pytest_sessionfinish(exitstatus: int) -> None:
     if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         atexit.unregister(remove_memory)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if postgres.CHOSEN and (nextitem is None or nextitem.path != item.path):
+        postgres.drop_all()
 
 
 def pytest_report_header() -> list[str]:

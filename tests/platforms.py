@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,9 +24,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from render_platform import database
 from render_platform.clock import HOUR_US, Clock, ManualClock
-from render_platform.config import load_settings
+from render_platform.config import Settings, load_settings
+from render_platform.database import Database, open_database
 from render_platform.events import UsageEvent
 from render_platform.pipeline import Platform
+from tests import postgres
 from tests.factories import START_US, make_events
 
 LIVE = "live"
@@ -43,15 +46,70 @@ class SeededIds:
             return self._rng.randbytes(size)
 
 
+def on_postgres(state: Path) -> bool:
+    """What a drill has rebuilt is in SQLite, wherever the live state is."""
+    return postgres.CHOSEN and not (state / "platform.db").exists()
+
+
+def settings_of(state: Path, **options: Any) -> Settings:
+    """Of a state folder, with the kind of database that this run of the tests is about."""
+    own: dict[str, Any] = {"database_url": postgres.url_of(state)} if on_postgres(state) else {}
+    return load_settings(environ={}, state_dir=state, **(own | options))
+
+
 def make_platform(path: Path, clock: Clock | None = None, seed: int | str = 0, **options: Any) -> Platform:
     """The platform whose state is at `path`; by default its clock stands at START_US."""
-    settings = load_settings(environ={}, state_dir=path, **options)
-    return Platform(settings, clock or ManualClock(START_US), SeededIds(seed))
+    return Platform(settings_of(path, **options), clock or ManualClock(START_US), SeededIds(seed))
+
+
+def open_database_of(state: Path) -> Database:
+    """The database of a state folder alone."""
+    return open_database(settings_of(state).database)
 
 
 def connect(state: Path) -> Any:
     """Plain SQL, with the library's own SQLite: two copies of SQLite in one process drop each other's locks."""
+    if on_postgres(state):
+        return postgres.Plain(postgres.url_of(state))
     return vars(database)["sqlite_module"].connect(state / "platform.db")
+
+
+def back_up(state: Path, name: str) -> None:
+    """A copy of the folder's database as it is now, kept under a name; see `restore`."""
+    if postgres.CHOSEN:
+        postgres.back_up(state, name)
+        return
+    (state / name).unlink(missing_ok=True)
+    with closing(connect(state)) as connection:
+        connection.execute("VACUUM INTO ?", [str(state / name)])
+
+
+def empty_copy(state: Path, name: str) -> Database:
+    """A new database that is kept under a name, as `back_up` keeps its copy."""
+    return open_database(postgres.make_copy(state, name) if postgres.CHOSEN else str(state / name))
+
+
+def restore(state: Path, name: str) -> None:
+    """The database is what it was when the copy was made."""
+    if postgres.CHOSEN:
+        postgres.restore(state, name)
+        return
+    lose_database(state)
+    shutil.copy(state / name, state / "platform.db")
+
+
+def files_with(state: Path, needle: bytes) -> list[str]:
+    """The files of a state folder, and of its database, that hold these bytes, as they are or in hex."""
+    forms = (needle, needle.hex().encode())
+    files = [*state.rglob("*"), *(postgres.files_of(postgres.url_of(state)) if on_postgres(state) else ())]
+    return [path.name for path in files if path.is_file() and any(form in path.read_bytes() for form in forms)]
+
+
+def lose_database(state: Path) -> None:
+    if postgres.CHOSEN:
+        postgres.lose(state)
+    for path in state.glob("platform.db*"):
+        path.unlink()
 
 
 def record(platform: Platform, lane: str, events: Sequence[UsageEvent]) -> list[UsageEvent]:

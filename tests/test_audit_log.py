@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from render_platform.audit_log import CHECKPOINT, AuditLog, create_head
 from render_platform.cas import Cas
-from render_platform.database import log_head, open_sqlite
+from render_platform.database import log_head
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, PlatformError, SequencerStopped
 from render_platform.note import Signer, load_or_create_key, read_checkpoint
@@ -24,6 +24,7 @@ from render_platform.objects import FolderObjects, ObjectStore, Stat
 from tests.platforms import (
     check_chain,
     connect,
+    open_database_of,
     read_blob,
     read_log,
     read_published,
@@ -50,7 +51,7 @@ def signer_of(state: Path) -> Signer:
 def open_log(state: Path, objects: ObjectStore | None = None, blobs: ObjectStore | None = None) -> AuditLog:
     """A sequencer with a database connection of its own; the folder's first one makes it."""
     state.mkdir(exist_ok=True)
-    database = open_sqlite(state / "platform.db")
+    database = open_database_of(state)
     create_head(database)
     cas = Cas(blobs or FolderObjects(state / "blobs"))
     return AuditLog(database, cas, objects or FolderObjects(state / "log"), signer_of(state))

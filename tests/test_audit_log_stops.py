@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from render_platform.audit_log import CHECKPOINT, AuditLog
 from render_platform.database import log_entries
 from render_platform.errors import Finding, PlatformError, SequencerStopped
+from tests import platforms
 from tests.platforms import (
     connect,
     make_platform,
@@ -43,14 +44,11 @@ def rows_of(state: Path) -> list[object]:
 
 
 def backup(state: Path) -> None:
-    with closing(connect(state)) as connection:
-        connection.execute("VACUUM INTO ?", [str(state / "copy.db")])
+    platforms.back_up(state, "copy.db")
 
 
 def restore(state: Path) -> None:
-    for suffix in ("-wal", "-shm"):
-        (state / f"platform.db{suffix}").unlink(missing_ok=True)
-    shutil.copy(state / "copy.db", state / "platform.db")
+    platforms.restore(state, "copy.db")
 
 
 @pytest.fixture
@@ -147,8 +145,7 @@ def test_a_tile_that_stands_already_with_its_own_bytes_is_left(state: Path) -> N
 def test_a_new_database_beside_an_old_log_stops_it(state: Path) -> None:
     """The database and the checkpoint are both lost: the tiles still say that this is another log."""
     (state / "log" / CHECKPOINT).unlink()
-    for path in state.glob("platform.db*"):
-        path.unlink()
+    platforms.lose_database(state)
     log = open_log(state)
     append(log, "x", "y", "z")
     with pytest.raises(SequencerStopped, match="tile"):

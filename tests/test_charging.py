@@ -275,6 +275,7 @@ def test_the_command_verifies_charges(state: Path) -> None:
     charged = Charging(platform, BOOK).charge(DAY)
     assert json.loads(read_blob(state, charged.digest))["kind"] == "usage_charges"
     platform.close()
-    result = CliRunner().invoke(main, ["verify", "--deep", "--json", "--state", str(state)])
+    env = {"RENDER_PLATFORM_DATABASE_URL": platform.settings.database_url}
+    result = CliRunner(env=env).invoke(main, ["verify", "--deep", "--json", "--state", str(state)])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["charges_rated"] == 2

@@ -19,8 +19,8 @@ from render_platform.database import Database, acceptances, batch_acceptances, j
 from render_platform.entries import MAX_ACCEPTANCES
 from render_platform.errors import Unavailable
 from render_platform.evidence import Verification
-from render_platform.gateway.archive import Archive
 from render_platform.gateway.jobs import Job, Outcome, Request
+from render_platform.gateway.leases import Lease
 from render_platform.gateway.store import Accept, Finish, JobStore
 from render_platform.sealing import Sealer
 from tests.factories import START_US, make_events
@@ -45,7 +45,9 @@ class Shop:
     def restart(self) -> None:
         """The jobs that are open are the next epoch's to end."""
         platform = self.platform
-        self.gateway, self.epoch, _ = Archive(platform.database, self.clock, platform.ids).begin_epoch()
+        name_file = platform.settings.state_dir / "gateway.id"
+        lease = Lease(platform.database, self.clock, platform.ids, name_file, 30)
+        self.gateway, self.epoch = lease.begin().epoch
         self.store = JobStore(platform.outbox, self.clock, platform.ids, self.gateway, self.epoch)
 
     def apply(self, operations: list[Any]) -> None:

@@ -23,7 +23,7 @@ from render_platform.config import Settings, load_settings
 from render_platform.entries import FIELDS
 from render_platform.errors import UsageError
 from render_platform.events import EVENT_SCHEMA
-from render_platform.gateway import acceptance
+from render_platform.gateway import jobs
 from render_platform.gateway.catalogue import make_catalogue
 
 CHECKOUT = Path(__file__).parents[1]
@@ -311,7 +311,7 @@ def test_the_fields_of_an_audit_entry() -> None:
 
 
 def test_the_fields_of_an_acceptance() -> None:
-    assert [code(row[0]) for row in table(FORMATS, "acceptance field", "type", "meaning")] == list(acceptance.FIELDS)
+    assert [code(row[0]) for row in table(FORMATS, "acceptance field", "type", "meaning")] == list(jobs.FIELDS)
 
 
 def test_the_settings() -> None:

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from render_platform.clock import HOUR_US
-from render_platform.database import metadata
+from render_platform.database import metadata, usage_events
 from render_platform.errors import RecordError, UsageError
 from render_platform.events import MAX_GPU_TIME_NS, Totals, UsageEvent
 from render_platform.outbox import customer_ref, rows_of_batch
 from render_platform.pipeline import Platform
+from tests import postgres
 from tests.factories import START_US, make_events
 from tests.platforms import LIVE, connect, make_platform, record, record_random, run_together
 
@@ -172,8 +173,9 @@ def test_totals_pass_63_bits(platform: Platform) -> None:
     )
     record(platform, LIVE, [event])
     state = platform.settings.state_dir
-    names = [row[1] for row in query(state, "PRAGMA table_info(usage_events)")]
-    values = ["randomblob(16)" if name in ("event_id", "job_id") else name for name in names]
+    names = usage_events.c.keys()
+    random_bytes = "uuid_send(gen_random_uuid())" if postgres.CHOSEN else "randomblob(16)"
+    values = [random_bytes if name in ("event_id", "job_id") else name for name in names]
     counting = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 51999)"
     query(
         state,
@@ -219,7 +221,8 @@ def check_writers(state: Path, writers: int) -> None:
     ]
     found = query(state, "SELECT event_id, gpu_time_ns FROM usage_events")
     assert sorted(found) == sorted((event.event_id.bytes, event.gpu_time_ns) for event in expected)
-    times = query(state, "SELECT recorded_at FROM usage_events ORDER BY rowid")
+    order = "xmin::text::bigint, recorded_at" if postgres.CHOSEN else "rowid"  # transactions are numbered as they write
+    times = query(state, f"SELECT recorded_at FROM usage_events ORDER BY {order}")
     assert times == sorted(times), "commits come in the order of recorded_at"
     assert query(state, "SELECT frontier_us FROM lanes") == [times[-1]]
     assert query(state, "SELECT count(*) FROM customers") == [(1,)]

@@ -58,7 +58,7 @@ def platform(tmp_path: Path) -> Iterator[Platform]:
 OLD = f"lane = 'live' AND recorded_at < {OLD_US}"
 
 
-def rows(state: Path, table: str = "usage_events", where: str = "1") -> set[bytes]:
+def rows(state: Path, table: str = "usage_events", where: str = "1 = 1") -> set[bytes]:
     with closing(connect(state)) as connection:
         return {row[0] for row in connection.execute(f"SELECT event_id FROM {table} WHERE {where}")}
 
@@ -123,7 +123,8 @@ def alter(state: Path, sql: str) -> None:
         connection.commit()
 
 
-OLDEST = "event_id = (SELECT min(event_id) FROM usage_events WHERE batch_id = (SELECT min(batch_id) FROM batches))"
+OF_FIRST = "batch_id = (SELECT min(batch_id) FROM batches)"
+OLDEST = f"event_id = (SELECT event_id FROM usage_events WHERE {OF_FIRST} ORDER BY event_id LIMIT 1)"
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ OLDEST = "event_id = (SELECT min(event_id) FROM usage_events WHERE batch_id = (S
             lambda state, _: alter(state, f"UPDATE usage_events SET gpu_time_ns = 1 WHERE {OLDEST}"),
             Finding,
         ),
-        (lambda state, _: alter(state, f"UPDATE usage_events SET job_id = zeroblob(16) WHERE {OLDEST}"), Finding),
-        (lambda state, _: alter(state, f"UPDATE usage_events SET event_id = zeroblob(16) WHERE {OLDEST}"), Finding),
+        (lambda state, _: alter(state, f"UPDATE usage_events SET job_id = nonce WHERE {OLDEST}"), Finding),
+        (lambda state, _: alter(state, f"UPDATE usage_events SET event_id = nonce WHERE {OLDEST}"), Finding),
     ],
     ids=["object missing", "object altered", "row altered", "job altered", "id altered"],
 )
@@ -291,7 +292,7 @@ def prune_later(state: Path) -> int:
     [
         "UPDATE jobs SET state = 'running' WHERE seq = 1",
         "INSERT INTO webhooks SELECT job_id, 'http://x', 1, 1, NULL FROM jobs WHERE seq = 1",
-        "INSERT INTO job_outputs SELECT job_id, 'a/b', x'', 1 FROM jobs WHERE seq = 1",
+        "INSERT INTO job_outputs SELECT job_id, 'a/b', job_id, 1 FROM jobs WHERE seq = 1",
     ],
     ids=["unfinished", "webhook", "output"],
 )

@@ -21,6 +21,7 @@ from render_platform.events import UsageEvent
 from render_platform.note import Checkpoint, load_or_create_key, sign_note
 from render_platform.pipeline import Platform
 from render_platform.recovery import Recovered, Recovery
+from tests import platforms
 from tests.factories import START_US, make_events
 from tests.faults.test_crash_slow_path import KINDS, Crash, Faults, with_faults
 from tests.platforms import LIVE, check_evidence, connect, make_platform, read_log, record, record_random
@@ -53,15 +54,11 @@ def recover(state: Path) -> Recovered:
 
 
 def backup(state: Path, name: str = "copy.db") -> None:
-    (state / name).unlink(missing_ok=True)
-    with closing(connect(state)) as connection:
-        connection.execute("VACUUM INTO ?", [str(state / name)])
+    platforms.back_up(state, name)
 
 
 def restore(state: Path, name: str = "copy.db") -> None:
-    for path in state.glob("platform.db*"):
-        path.unlink()
-    shutil.copy(state / name, state / "platform.db")
+    platforms.restore(state, name)
 
 
 def dump(state: Path, tables: Sequence[str] = tuple(LOGGED)) -> dict[str, list[Any]]:
@@ -148,8 +145,7 @@ def test_what_the_refused_platform_had_begun_is_undone(live: State) -> None:
 def test_a_lost_database_comes_back_from_the_log_alone(live: State) -> None:
     state, recorded = live
     before = dump(state)
-    for path in state.glob("platform.db*"):
-        path.unlink()
+    platforms.lose_database(state)
     done = recover(state)
     assert (done.size_before, done.events_restored) == (0, len(recorded))
     assert dump(state) == before

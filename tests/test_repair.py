@@ -16,10 +16,11 @@ import sqlalchemy as sa
 from render_platform.cas import path_of
 from render_platform.clickhouse import ClickHouse
 from render_platform.clock import WINDOW_US
-from render_platform.database import log_entries, repairs
+from render_platform.database import log_entries
 from render_platform.errors import Unavailable
 from render_platform.events import UsageEvent
 from render_platform.pipeline import Platform
+from render_platform.repair import repairs
 from tests import chdb_server
 from tests.factories import make_events
 from tests.stories import (

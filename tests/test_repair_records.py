@@ -14,10 +14,10 @@ import structlog
 
 from render_platform.canonical import digest_of, encode
 from render_platform.clock import HOUR_US
-from render_platform.database import repairs
 from render_platform.errors import Unavailable
 from render_platform.events import UsageEvent
 from render_platform.pipeline import Platform
+from render_platform.repair import repairs
 from tests import chdb_server
 from tests.commands import run_inside
 from tests.factories import make_events

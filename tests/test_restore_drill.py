@@ -18,7 +18,7 @@ from render_platform.audit_log import create_head
 from render_platform.charges.spend import budgets
 from render_platform.clickhouse import ClickHouse, open_clickhouse
 from render_platform.clock import HOUR_US, ManualClock, iso
-from render_platform.database import customers, gateways, metadata, open_sqlite, runs
+from render_platform.database import customers, gateways, metadata, runs
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, Missing, UsageError
 from render_platform.events import UsageEvent, table_from_events
@@ -39,7 +39,7 @@ from render_platform.recovery import (
 )
 from tests import chdb_server
 from tests.factories import START_US, make_events
-from tests.platforms import LIVE, connect, make_platform, record, record_random
+from tests.platforms import LIVE, connect, empty_copy, files_with, make_platform, record, record_random
 from tests.test_recovery import accept, backup, dump, recover, recovery, restore
 
 DOCS = Path(__file__).parents[1] / "docs" / "restore.md"
@@ -150,7 +150,7 @@ def one_more_row(us: int) -> Callable[[Platform], None]:
     return lambda platform: send(platform, make_events(1, us, us, 1))
 
 
-ONE_ROW = "WHERE event_id = (SELECT min(event_id) FROM usage_events WHERE batch_id IS NOT NULL)"
+ONE_ROW = "WHERE event_id = (SELECT event_id FROM usage_events WHERE batch_id IS NOT NULL ORDER BY event_id LIMIT 1)"
 
 
 def test_what_differs_is_named(platform: Platform, tmp_path: Path) -> None:
@@ -183,10 +183,10 @@ def test_a_row_that_is_gone_or_waits_again_is_a_difference(platform: Platform, t
 
 def test_a_folder_that_is_there_is_left_alone(platform: Platform, tmp_path: Path) -> None:
     state = platform.settings.state_dir
-    before = (state / "platform.db").read_bytes()
+    before = dump(state)
     with pytest.raises(UsageError, match="cannot be made"):
         restore_drill(evidence_of(platform), state, open_empty, NOTHING, lambda *_: None)
-    assert (state / "platform.db").read_bytes() == before
+    assert dump(state) == before
 
 
 def test_evidence_that_does_not_hold_gives_no_state(platform: Platform, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_reports_that_a_late_batch_outdated_are_due_again(platform: Platform, tm
     with platform.database.write() as connection:
         platform.outbox.finish_lane(connection, "trace/1", NEXT_US)
     platform.flush()
-    with closing(open_sqlite(state / "copy.db")) as empty:
+    with closing(empty_copy(state, "copy.db")) as empty:
         create_head(empty)
         Recovery(empty, platform.cas, platform.log_objects, [platform.log_signer.verifier]).run()
     due = platform.hours.due()
@@ -268,10 +268,11 @@ def test_a_customer_whom_the_log_says_erased_is_not_brought_back(tmp_path: Path)
         platform.log.append(draft, lambda connection, _: forget_customer(connection, "key", "gone", erased))
         platform.flush()
     restore(state)
+    (state / "copy.db").unlink()
     assert recover(state).customers_erased == 1
     with closing(open_live(state)) as platform:
         assert platform.outbox.names() == {kept: "key/kept"}
-    assert all(salt not in path.read_bytes() for path in state.glob("platform.db*"))
+    assert files_with(state, salt) == []
 
 
 def test_gateways_count_on_from_what_the_log_says(tmp_path: Path) -> None:

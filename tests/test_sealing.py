@@ -19,12 +19,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from render_platform.clock import HOUR_US, ManualClock
-from render_platform.database import Database, open_sqlite
+from render_platform.database import Database
 from render_platform.events import UsageEvent
 from render_platform.pipeline import Platform
 from render_platform.sealing import Sealer
 from tests.factories import START_US, make_event, make_events
-from tests.platforms import LIVE, connect, event_bytes, make_platform, record, record_random, tree_hash
+from tests.platforms import (
+    LIVE,
+    connect,
+    event_bytes,
+    make_platform,
+    open_database_of,
+    record,
+    record_random,
+    tree_hash,
+)
 
 SECOND = 1_000_000
 BATCH_ROWS = 5
@@ -264,7 +273,7 @@ def test_a_sealer_that_runs_between_any_two_steps_of_another_seals_nothing_twice
         recorded = record_random(platform, 12, 1)
         recorded += record_random(platform, 2, 2, start_us=START_US + 2 * HOUR_US)
         between: list[str] = []
-        hooked = HookedDatabase(open_sqlite(state / "platform.db").engine, at, partial(seal_into, platform, between))
+        hooked = HookedDatabase(open_database_of(state).engine, at, partial(seal_into, platform, between))
         sealer = Sealer(hooked, platform.clock, batch_rows=BATCH_ROWS, rows_a_transaction=TRANSACTION_ROWS)
         ids = sealer.seal()
         hooked.close()

@@ -8,12 +8,9 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,81 +25,22 @@ import sqlalchemy as sa
 from render_platform.audit_log import AuditLog, create_head
 from render_platform.cas import Cas
 from render_platform.clock import HOUR_US, ManualClock
-from render_platform.database import Database, lanes, log_entries, open_postgres, open_sqlite, usage_events
+from render_platform.database import lanes, log_entries, open_database, open_postgres, usage_events
 from render_platform.errors import Missing, RecordError, Unavailable, UsageError
 from render_platform.objects import FolderObjects, ObjectStore
 from render_platform.outbox import Outbox
 from tests.factories import START_US, make_events
 from tests.platforms import LIVE, SeededIds, check_evidence, make_platform, read_published, record_random, tree_hash
+from tests.postgres import make_database
 from tests.test_audit_log import append, check_log, open_log, patiently, signer_of
 
-DEBIAN = Path("/usr/lib/postgresql")
 SEQUENCERS = 4
 KILLS = 10
 
 
-# PostgreSQL, started here.
-
-
-def _postgres_programs() -> Path:
-    found = sorted(DEBIAN.glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
-    if not found:
-        pytest.skip(f"POSTGRESQL NOT TESTED: no initdb under {DEBIAN} (apt-get install postgresql)")
-    return found[-1].parent
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """The DSN of a server of this module's own, without a database yet; durable as in production: fsync is on."""
-    pytest.importorskip(
-        "psycopg", reason="POSTGRESQL NOT TESTED: psycopg is not installed: pip install 'psycopg[binary]'"
-    )
-    programs = _postgres_programs()
-    folder = Path(tempfile.mkdtemp(prefix="render-platform-pg-"))
-    folder.chmod(0o755)
-    data = folder / "data"
-    data.mkdir(0o700)
-    become: list[str] = []
-    if os.geteuid() == 0:  # the server refuses to run as root
-        become = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        shutil.chown(data, "postgres", "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    made = [programs / "initdb", "-D", data, "-U", "ci", "-A", "trust", "-N", "--no-locale", "-E", "UTF8"]
-    subprocess.run([*become, *map(str, made)], check=True, capture_output=True, cwd=folder)
-    options = ["-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "max_connections=50"]
-    with (folder / "server.log").open("wb") as output:
-        server = subprocess.Popen(
-            [*become, str(programs / "postgres"), "-D", str(data), *options], stdout=output, stderr=output, cwd=folder
-        )
-    try:
-        ready = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port), "-t", "30", "-q"]
-        deadline = time.monotonic() + 60
-        while subprocess.run(ready, check=False).returncode and time.monotonic() < deadline:
-            assert server.poll() is None, (folder / "server.log").read_text()
-            threading.Event().wait(0.1)
-        yield f"postgresql://ci@127.0.0.1:{port}/"
-    finally:
-        server.send_signal(signal.SIGINT)  # fast shutdown
-        server.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.fixture
-def dsn(request: pytest.FixtureRequest, postgres: str) -> str:
-    name = "t_" + re.sub(r"\W", "_", request.node.name)[-50:].lower()
-    admin = sa.create_engine(
-        f"postgresql+psycopg{postgres.removeprefix('postgresql')}postgres", isolation_level="AUTOCOMMIT"
-    )
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    admin.dispose()
-    return postgres + name
-
-
-def open_database(where: str) -> Database:
-    return open_postgres(where) if where.startswith("postgresql:") else open_sqlite(Path(where))
+def dsn(request: pytest.FixtureRequest) -> str:
+    return make_database("t_" + re.sub(r"\W", "_", request.node.name)[-50:].lower())
 
 
 def open_sequencer(where: str, state: Path) -> AuditLog:

@@ -244,14 +244,15 @@ async def serve(gateway: Gateway, ready: Callable[[str], None]) -> int:
     UsageError, Unavailable or SequencerStopped where the gateway cannot start.
     """
     listening = _listen(gateway.settings.gateway_host, gateway.settings.gateway_port)
+    port = listening.getsockname()[1]  # asked now: a gateway that is to end while it starts has closed it later
     server = GatewayServer(server_config(gateway), gateway)
     loop = asyncio.get_running_loop()
     serving = loop.create_task(server.serve([listening]))
     watching = loop.create_task(_stop_when_broken(gateway, server))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
-    if server.started:
-        ready(f"http://{gateway.settings.gateway_host}:{listening.getsockname()[1]}")
+    if server.started and not server.should_exit:
+        ready(f"http://{gateway.settings.gateway_host}:{port}")
     await serving
     watching.cancel()
     return 3 if gateway.died.is_set() or not server.started else 0

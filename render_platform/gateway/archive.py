@@ -1,66 +1,50 @@
 """Jobs as SQL holds them: for those who ask after the fact, and for the next start.
 
-A gateway has an id for good and an *epoch*, one more at each start; its jobs name both. What a former epoch left
-unfinished is taken over when a new one begins: the state folder's lock has shown that its process is dead.
+Which gateway works on them, `leases` says: what an epoch left unfinished is read here by who has taken it over.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from render_platform.clock import US_PER_SECOND, Clock, Ids
+from render_platform.clock import Clock
 from render_platform.database import (
     Database,
     customers,
     gateways,
-    ingested,
     job_bodies,
     job_outputs,
     jobs,
     usage_events,
 )
 from render_platform.gateway.catalogue import Catalogue, ModelSpec
+from render_platform.gateway.ingest import ingested
 from render_platform.gateway.jobs import FINISHED, Job, Request
-from render_platform.gateway.store import UNFINISHED
+from render_platform.gateway.leases import UNFINISHED, Epoch
 from render_platform.outbox import pruned_events
 
-LEASE_US = 15 * US_PER_SECOND
 PAGE = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """A job that a former epoch left; `lost` says why it cannot run again, as an error code."""
+    """A job that an epoch left; `lost` says why it cannot run again, as an error code."""
 
     job: Job
     lost: str
 
 
 class Archive:
-    def __init__(self, database: Database, clock: Clock, ids: Ids) -> None:
-        self._database, self._clock, self._ids = database, clock, ids
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database, self._clock = database, clock
 
-    def begin_epoch(self) -> tuple[str, int, int]:
-        """This state folder's gateway id, made on first use; the epoch that begins now; drops counted so far."""
-        now_us = self._clock.now_us()
-        with self._database.write() as connection:
-            row = connection.execute(sa.select(gateways).order_by(gateways.c.gateway_id)).first()
-            if row is None:
-                gateway_id = f"gw-{self._ids.random(6).hex()}"
-                values = {"gateway_id": gateway_id, "epoch": 1, "lease_until_us": now_us + LEASE_US}
-                connection.execute(gateways.insert().values(**values))
-                return gateway_id, 1, 0
-            values = {"epoch": row.epoch + 1, "lease_until_us": now_us + LEASE_US}
-            connection.execute(gateways.update().filter_by(gateway_id=row.gateway_id).values(**values))
-            return str(row.gateway_id), int(row.epoch) + 1, int(row.fast_path_dropped)
-
-    def unfinished(self, catalogue: Catalogue) -> Iterator[Recovered]:
-        """What former epochs left, in the order of acceptance to the millisecond; in pages: memory stays bounded."""
+    def unfinished(self, catalogue: Catalogue, epochs: Collection[Epoch]) -> Iterator[Recovered]:
+        """What `epochs` left, in the order of acceptance to the millisecond; in pages: memory stays bounded."""
         after = b""
         while True:
             query = (
@@ -68,6 +52,7 @@ class Archive:
                 .join(customers, customers.c.customer_ref == jobs.c.customer_ref)
                 .outerjoin(job_bodies, job_bodies.c.job_id == jobs.c.job_id)
                 .where(jobs.c.state.in_(UNFINISHED), jobs.c.job_id > after)
+                .where(sa.tuple_(jobs.c.gateway_id, jobs.c.epoch).in_(list(epochs)))
                 .order_by(jobs.c.job_id)
                 .limit(PAGE)
             )

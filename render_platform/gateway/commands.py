@@ -14,7 +14,7 @@ import click
 
 from render_platform.clock import SystemClock, SystemIds, iso
 from render_platform.config import Settings, load_settings
-from render_platform.database import Database, open_sqlite
+from render_platform.database import Database, open_database
 from render_platform.errors import UsageError
 from render_platform.options import json_option, print_json, state_option
 
@@ -97,11 +97,11 @@ def _counts(database: Database) -> dict[str, Any]:
 
 
 def _database(settings: Settings) -> Database:
-    if not settings.database_path.exists():
+    if not settings.has_state:
         raise UsageError(
             f"{settings.state_dir} holds no platform state", "run `render-platform serve`, or give --state DIR"
         )
-    return open_sqlite(settings.database_path)
+    return open_database(settings.database)
 
 
 @click.group()
@@ -175,7 +175,7 @@ def _keys(state: Path | None) -> Iterator[ApiKeys]:
 
     settings = load_settings(state_dir=state)
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    database = open_sqlite(settings.database_path)
+    database = open_database(settings.database)
     try:
         yield ApiKeys(database, SystemClock(), SystemIds())
     finally:

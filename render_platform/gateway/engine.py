@@ -54,9 +54,10 @@ class Engine:
         now_ns: Callable[[], int],
         output_ttl_s: int,
         on_end: Callable[[Job, UsageEvent], None],
+        may_run: Callable[[], bool] = lambda: True,  # whether its jobs are still its own
     ) -> None:
         self.fleet, self.clock, self.ids = fleet, clock, ids
-        self._writer, self._now_ns, self._on_end = writer, now_ns, on_end
+        self._writer, self._now_ns, self._on_end, self._may_run = writer, now_ns, on_end, may_run
         self._output_ttl_us = output_ttl_s * US_PER_SECOND
         self._queues: defaultdict[QueueKey, Queue[uuid.UUID]] = defaultdict(Queue)
         self._accepting: defaultdict[QueueKey, int] = defaultdict(int)
@@ -215,7 +216,7 @@ class Engine:
         if self._queues[job.model.name, job.request.backend].cancel(job.job_id):
             del self._timers[job.job_id]
             job.cancelled_by = "expired"
-            self._spawn(self._finish(job, not_run(job.cancelled_by, self._now_ns())))
+            self._spawn(self.finish(job, not_run(job.cancelled_by, self._now_ns())))
 
     def get_queue_position(self, job: Job) -> int | None:
         """How many jobs of its lane are served before it; 0 is next; None: it does not wait."""
@@ -237,12 +238,14 @@ class Engine:
 
     async def _work(self, job: Job, server: Server, permit: int) -> None:
         now_us = self.clock.now_us()
+        if not self._may_run():
+            return
         if now_us >= job.deadline_us:
             job.cancelled_by = job.cancelled_by or "expired"
         if job.cancelled_by:
             job.state = "ending"
             self._forgo(server, permit)
-            await self._finish(job, not_run(job.cancelled_by, self._now_ns()))
+            await self.finish(job, not_run(job.cancelled_by, self._now_ns()))
             return
         job.task, job.state, job.ran_on = asyncio.current_task(), "running", server.spec.name
         job.first_started_us = job.first_started_us or now_us
@@ -255,7 +258,7 @@ class Engine:
             raise
         except BaseException:  # a defect of ours: the job ends visibly, and the error goes on
             broken = never_ran("error", "internal_error", "the gateway failed", 500, self._now_ns())
-            self._spawn(self._finish(job, broken))
+            self._spawn(self.finish(job, broken))
             raise
         finally:
             self._release(server)
@@ -267,7 +270,7 @@ class Engine:
             return
         elif retriable and job.cancelled_by:
             outcome.status, outcome.error_code = "cancelled", job.cancelled_by
-        await self._finish(job, outcome)
+        await self.finish(job, outcome)
 
     def _attempt(self, job: Job, server: Server, now_us: int) -> Attempt:
         return Attempt(
@@ -313,12 +316,12 @@ class Engine:
         job.cancelled_by = code
         if self._queues[job.model.name, job.request.backend].cancel(job.job_id):
             self._timers.pop(job.job_id).cancel()
-            self._spawn(self._finish(job, not_run(job.cancelled_by, self._now_ns())))
+            self._spawn(self.finish(job, not_run(job.cancelled_by, self._now_ns())))
         elif job.task is not None:
             job.task.cancel()
         return True
 
-    async def _finish(self, job: Job, outcome: Outcome) -> None:
+    async def finish(self, job: Job, outcome: Outcome) -> None:
         """Commit the job's end with its usage event, and tell whoever waits. Tried until the database takes it."""
         job.state = "ending"
         keep = not job.request.direct or job.request.idempotency_key is not None
@@ -395,6 +398,3 @@ class Engine:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
-
-    async def end_recovered(self, job: Job, outcome: Outcome) -> None:  # of a former epoch; it cannot run again
-        await self._finish(job, outcome)

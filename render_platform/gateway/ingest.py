@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from render_platform import canonical
 from render_platform.clock import US_PER_SECOND, Clock, Ids
 from render_platform.config import nearest
-from render_platform.database import ingested
+from render_platform.database import metadata
 from render_platform.errors import RecordError
 from render_platform.events import EVENT_SCHEMA, MAX_GPU_TIME_NS, UsageEvent
 from render_platform.gateway.identity import Forbidden, Principal, Terms, customer_settings
@@ -34,6 +34,12 @@ from render_platform.gateway.problems import Conflict, Refused
 from render_platform.outbox import LIVE, Outbox, located
 
 TYPE = "com.render-platform.usage.v1"
+ingested = sa.Table(  # never pruned: duplicates are decided without a time window
+    "ingested",
+    metadata,
+    sa.Column("event_id", sa.LargeBinary, primary_key=True),  # a UUIDv8 of (source, id)
+    sa.Column("content_digest", sa.LargeBinary, nullable=False),
+)
 ONE, BATCH = "application/cloudevents+json", "application/cloudevents-batch+json"
 MAX_EVENTS = 1_000
 MAX_CHARACTERS = 200

@@ -9,6 +9,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any
 
 import msgspec
@@ -19,8 +20,10 @@ from litestar.response import Stream
 from render_platform.gateway.edge import AnyRequest, caller_of, customers_only, gateway_of, request_id_of
 from render_platform.gateway.identity import Principal
 from render_platform.gateway.jobs import FINISHED, MAX_EVENTS, STOPPING, Job, Outcome
+from render_platform.gateway.leases import ask_to_cancel
 from render_platform.gateway.problems import Draining, NotFound, Refused
 from render_platform.gateway.scheduling import LANES
+from render_platform.gateway.store import Do
 from render_platform.gateway.submission import Asked, find_model, request_of, run_and_wait, until_ended
 from render_platform.gateway.views import JobPage, JobView, QueueRequest, QueueView, view_of, view_of_row
 
@@ -234,8 +237,20 @@ async def _cancel(request: AnyRequest, job_id: uuid.UUID) -> Response[JobView]:
     if job is not None and job.outcome is None:
         engine.cancel(job, "cancelled_by_client")
         await until_ended(job, MAX_WAIT_S)
+    elif job is None and gateway_of(request).lease.shared:
+        await _cancel_elsewhere(request, job_id)
     view = await _view(request, job_id)
     return Response(view, status_code=200 if view.state in FINISHED else 202)
+
+
+async def _cancel_elsewhere(request: AnyRequest, job_id: uuid.UUID) -> None:
+    """Ask the gateway that works on the job; it looks every second or so."""
+    gateway = gateway_of(request)
+    await gateway.writer.submit(Do(partial(ask_to_cancel, job_id=job_id)))
+    for _ in range(MAX_WAIT_S):
+        if (await _view(request, job_id)).state in FINISHED:
+            return
+        await asyncio.sleep(1)
 
 
 async def _view(request: AnyRequest, job_id: uuid.UUID) -> JobView:
@@ -269,7 +284,10 @@ async def job_events(request: AnyRequest, job_id: JobId) -> Response[Any]:
     if view.state in FINISHED and after >= END_ID:
         return Response(None, status_code=204)
     job = gateway_of(request).engine.find(job_id)
-    events = _ended_events(view) if job is None else _events(request, job, after)
+    if job is not None:
+        events = _events(request, job, after)
+    else:
+        events = _ended_events(view) if view.state in FINISHED else _events_elsewhere(request, view)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return Stream(events, media_type="text/event-stream", headers=headers)
 
@@ -282,6 +300,28 @@ async def _ended_events(view: JobView) -> AsyncIterator[bytes]:
         yield _event("complete", data, END_ID)
     elif view.state in FINISHED:
         yield _event("error", {"status": view.state, "code": view.error_code, "message": ""}, END_ID)
+
+
+async def _events_elsewhere(request: AnyRequest, view: JobView) -> AsyncIterator[bytes]:
+    """Of a job that another gateway works on: its states as SQL has them."""
+    told, quiet_s = "", 0.0
+    while view.state not in FINISHED and not gateway_of(request).drained:
+        if view.state != told:
+            told, quiet_s = view.state, 0.0
+            yield _event({"running": "started"}.get(told, told), {}, None)
+        elif quiet_s >= KEEP_ALIVE_S:
+            quiet_s = 0.0
+            yield b": still here\n\n"
+        await asyncio.sleep(LOOK_AGAIN_S)
+        quiet_s += LOOK_AGAIN_S
+        job = gateway_of(request).engine.find(uuid.UUID(view.id))
+        if job is not None:  # taken over by this gateway
+            async for event in _events(request, job, 0):
+                yield event
+            return
+        view = await _view(request, uuid.UUID(view.id))
+    async for event in _ended_events(view):
+        yield event
 
 
 async def _events(request: AnyRequest, job: Job, after: int) -> AsyncIterator[bytes]:

@@ -33,10 +33,9 @@ import structlog
 from render_platform import __version__
 from render_platform.clock import SystemClock, SystemIds
 from render_platform.config import configure_logs
-from render_platform.database import Database, open_sqlite
+from render_platform.database import Database, open_database
 from render_platform.errors import RecordError, Unavailable
-from render_platform.gateway.acceptance import signing
-from render_platform.gateway.jobs import Job
+from render_platform.gateway.jobs import Job, signing
 from render_platform.gateway.journal_messages import (
     Reply,
     Told,
@@ -62,7 +61,7 @@ class Setup(msgspec.Struct, array_like=True):
     """What the child is told first."""
 
     version: str
-    database: str
+    database: str  # may hold a password: it goes through the socket, and nowhere else
     gateway_id: str
     epoch: int
     signer: str
@@ -263,7 +262,7 @@ def _write_until_closed(connection: socket.socket) -> None:
     setup = _setup.decode(frame)
     if setup.version != __version__:
         raise SystemExit(f"this journal is of version {__version__}, its gateway of {setup.version}")
-    database = open_sqlite(Path(setup.database))
+    database = open_database(setup.database)
     transactions = Transactions(database, _store(database, setup))
     _send(connection, (0, 0, None, []))
     waiting: deque[Operation | RecordError] = deque()

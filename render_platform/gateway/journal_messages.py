@@ -18,6 +18,7 @@ from render_platform.gateway.catalogue import ModelSpec
 from render_platform.gateway.jobs import Job, Outcome, Request
 from render_platform.gateway.problems import Conflict
 from render_platform.gateway.store import Accept, Finish, Operation, Start
+from render_platform.gateway.writer import WriterEnded
 
 
 class _Job(msgspec.Struct, array_like=True, gc=False):
@@ -176,6 +177,8 @@ def result_of(job: Job, reply: Reply) -> Any:
         return Conflict(reply.message, reply.remedy)
     if reply.kind.startswith("RecordError:"):
         return RecordError(reply.kind.partition(":")[2], reply.message, reply.remedy)
+    if reply.kind == WriterEnded.__name__:
+        return WriterEnded(reply.message, reply.remedy)
     return (UsageError if reply.kind == "UsageError" else Unavailable)(reply.message, reply.remedy)
 
 

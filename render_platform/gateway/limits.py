@@ -37,54 +37,62 @@ _TOKEN = 1_000_000
 
 
 class TokenBucket:
-    """At most `burst` takes at once and `rate_per_s` a second after that. Full at first; exact."""
+    """At most `burst` takes at once and `rate_per_s` a second after that. Full at first; exact.
 
-    __slots__ = ("_capacity", "_rate_per_s", "_spent", "_us")
+    `sharing` gateways have a bucket each: in this one each take costs so many tokens. Together they give `rate_per_s` a
+    second at most, and at once `burst`, or one each where that is more.
+    """
 
-    def __init__(self, rate_per_s: int, burst: int) -> None:
-        """UsageError where either is less than 1."""
+    __slots__ = ("_burst", "_capacity", "_cost", "_rate_per_s", "_spent", "_us")
+
+    def __init__(self, rate_per_s: int, burst: int, sharing: int = 1) -> None:
+        """UsageError where one is less than 1."""
         self._spent = 0  # micro-tokens that the bucket is short of being full
         self._us = 0
-        self._set(rate_per_s, burst)
+        self._set(rate_per_s, burst, sharing)
 
-    def change(self, rate_per_s: int, burst: int, now_us: int) -> None:
+    def change(self, rate_per_s: int, burst: int, now_us: int, sharing: int = 1) -> None:
         """Other limits from now on; what was taken stays taken, up to the new burst."""
         self._refill(now_us)
-        self._set(rate_per_s, burst)
+        self._set(rate_per_s, burst, sharing)
 
     def take(self, now_us: int) -> bool:
         """Whether there was a token; if so, it is taken."""
         self._refill(now_us)
-        if self._spent + _TOKEN > self._capacity:
+        if self._spent + self._cost > self._capacity:
             return False
-        self._spent += _TOKEN
+        self._spent += self._cost
         return True
 
     def remaining(self, now_us: int) -> int:
-        """Whole tokens that can be taken now."""
+        """How many takes are left now."""
         self._refill(now_us)
-        return (self._capacity - self._spent) // _TOKEN
+        return (self._capacity - self._spent) // self._cost
 
     def wait_us(self, now_us: int) -> int:
         """Until there is a token, if nobody takes one; 0 where there is one."""
         self._refill(now_us)
-        return _ceil(max(0, self._spent + _TOKEN - self._capacity), self._rate_per_s)
+        return _ceil(max(0, self._spent + self._cost - self._capacity), self._rate_per_s)
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Rate a second, and burst."""
-        return self._rate_per_s, self._capacity // _TOKEN
+        """Rate a second, and burst, of all that share."""
+        return self._rate_per_s, self._burst
+
+    @property
+    def sharing(self) -> int:
+        return self._cost // _TOKEN
 
     @property
     def full_at_us(self) -> int:
         """From when on it is full, and as good as a new one, if nobody takes a token."""
         return self._us + _ceil(self._spent, self._rate_per_s)
 
-    def _set(self, rate_per_s: int, burst: int) -> None:
-        if rate_per_s < 1 or burst < 1:
+    def _set(self, rate_per_s: int, burst: int, sharing: int) -> None:
+        if rate_per_s < 1 or burst < 1 or sharing < 1:
             raise UsageError(f"a limit of {rate_per_s} a second, {burst} at once", "set both to 1 or more")
-        self._rate_per_s = rate_per_s
-        self._capacity = burst * _TOKEN
+        self._rate_per_s, self._burst, self._cost = rate_per_s, burst, sharing * _TOKEN
+        self._capacity = max(burst * _TOKEN, self._cost)
         self._spent = min(self._spent, self._capacity)
 
     def _refill(self, now_us: int) -> None:
@@ -103,6 +111,8 @@ class Buckets:
         if most < 1:
             raise UsageError(f"room for {most} buckets", "make room for at least one")
         self._most = most
+        self.sharing = 1
+        """How many gateways have a bucket for each customer."""
         self._buckets: dict[str, TokenBucket] = {}
         self._by_fullness: list[tuple[int, str]] = []
         """A heap with one item a bucket: when it was full, when last looked at. Takes have made that later since."""
@@ -118,10 +128,10 @@ class Buckets:
         self._forget(now_us, self._most if customer in self._buckets else self._most - 1)
         found = self._buckets.get(customer)
         if found is None:
-            found = self._buckets[customer] = TokenBucket(rate_per_s, burst)
+            found = self._buckets[customer] = TokenBucket(rate_per_s, burst, self.sharing)
             heapq.heappush(self._by_fullness, (now_us, customer))
-        elif found.limits != (rate_per_s, burst):
-            found.change(rate_per_s, burst, now_us)
+        elif found.limits != (rate_per_s, burst) or found.sharing != self.sharing:
+            found.change(rate_per_s, burst, now_us, self.sharing)
         return found
 
     def _forget(self, now_us: int, room: int) -> None:

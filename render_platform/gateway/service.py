@@ -10,9 +10,9 @@ import itertools
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import sqlalchemy as sa
 import structlog
@@ -20,21 +20,21 @@ import structlog
 from render_platform import __version__
 from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
-from render_platform.clock import US_PER_SECOND, Clock, Ids, SystemClock, SystemIds, uuid7
+from render_platform.clock import Clock, Ids, SystemClock, SystemIds, uuid7
 from render_platform.config import Settings
-from render_platform.database import gateways, job_outputs, open_sqlite
+from render_platform.database import job_outputs, open_database
 from render_platform.errors import Missing, PlatformError, SequencerStopped, Unavailable, UsageError
 from render_platform.events import UsageEvent
-from render_platform.gateway.acceptance import acceptance_of, signing
-from render_platform.gateway.archive import LEASE_US, Archive, Recovered
+from render_platform.gateway.archive import Archive, Recovered
 from render_platform.gateway.backends import Backend
 from render_platform.gateway.catalogue import BackendSpec, Catalogue, make_catalogue
 from render_platform.gateway.engine import Engine
 from render_platform.gateway.fleet import Device, Fleet, Server, never_ran
 from render_platform.gateway.identity import ApiKeys, Customers, Identity, Principal
 from render_platform.gateway.ingest import Ingest
-from render_platform.gateway.jobs import STOPPING, Job
+from render_platform.gateway.jobs import STOPPING, Job, acceptance_of, signing
 from render_platform.gateway.journal import Journal, Setup
+from render_platform.gateway.leases import Lease, cancelled_elsewhere, forget_cancellations
 from render_platform.gateway.limits import Buckets
 from render_platform.gateway.meters import DeviceMeter, open_meter
 from render_platform.gateway.openai_backend import OpenAiBackend
@@ -46,7 +46,7 @@ from render_platform.gateway.store import Do, JobStore, Operation
 from render_platform.gateway.tokens import Issuer, Tokens
 from render_platform.gateway.triton import TritonBackend
 from render_platform.gateway.webhooks import Deliveries
-from render_platform.gateway.writer import Writer
+from render_platform.gateway.writer import Writer, WriterEnded
 from render_platform.note import claimed_checkpoint
 from render_platform.outbox import Outbox
 from render_platform.pipeline import RoleKeys
@@ -60,6 +60,9 @@ KINDS: dict[str, BackendFactory] = {
 }
 EXPIRED_AT_ONCE = 100
 RECOVERED_AT_ONCE = 100
+RENEW_AGAIN_S, MAX_RENEWAL_S = 1.0, 3_600.0
+HEED_S = 1.0
+"""How often a gateway asks what others have left to it, and were told to cancel."""
 _log = structlog.get_logger()
 
 
@@ -80,9 +83,9 @@ class Gateway:
         self.clock, self.ids = clock or SystemClock(), ids or SystemIds()
         self.catalogue = make_catalogue(settings.catalogue)
         self._lock = _lock(settings.state_dir / "gateway.lock")
-        self.database = open_sqlite(settings.database_path)
+        self.database = open_database(settings.database)
         self.outbox = Outbox(self.database, self.ids)
-        self.archive = Archive(self.database, self.clock, self.ids)
+        self.archive = Archive(self.database, self.clock)
         blobs, self.log_objects = open_objects(settings, self.ids)
         self.cas = Cas(blobs)
         self.receipts = Receipts(self.database, self.cas, self.log_objects)
@@ -98,7 +101,7 @@ class Gateway:
         """Refuses a caller who may not give jobs now; see spend_routes.BudgetGuard."""
         self.meter = open_meter(settings.meter)
         self.fleet = _fleet(self.catalogue, self.meter, kinds or KINDS)
-        self.gateway_id, self.epoch, self._dropped_before = self.archive.begin_epoch()
+        self._begin_epoch()
         keys = RoleKeys(settings, self.database, self.cas)
         self._log_size = keys.log_size
         name = f"render-platform.local/{self.gateway_id}"
@@ -130,6 +133,7 @@ class Gateway:
             now_ns=self.now_ns,
             output_ttl_s=settings.output_ttl_s,
             on_end=self._ended,
+            may_run=lambda: self.lease.lasts_s > 0,
         )
         self._background: list[asyncio.Task[None]] = []
         self.reading_bytes = 0
@@ -138,10 +142,19 @@ class Gateway:
         self.broken: list[str] = []
         """Background work that ended by a defect."""
 
+    def _begin_epoch(self) -> None:
+        settings = self.settings
+        name_file = settings.state_dir / "gateway.id"
+        self.lease = Lease(self.database, self.clock, self.ids, name_file, settings.gateway_lease_s)
+        begun = self.lease.begin({server.device.name for server in self.fleet.servers.values()})
+        (self.gateway_id, self.epoch), self._dropped_before = begun
+        self._working_on = {begun.epoch}
+
     async def start(self) -> None:
         """Open backends, take over what a former epoch left, and begin. UsageError where a backend is misconfigured."""
-        await asyncio.to_thread(self._check_evidence)
         self.writer.start()
+        self._go_on(self._keep_lease())  # first: a store that answers late must not cost the lease
+        await asyncio.to_thread(self._check_evidence)
         if self.journal is not None:
             await self.journal.start()
         for server in self.fleet.servers.values():
@@ -151,9 +164,14 @@ class Gateway:
                 _log.warning("backend_unavailable", backend=server.spec.name, error=str(error))
         await self._recover()
         self.publisher.start()
-        for work in (self._keep_lease(), self.reporter.run(), self.deliveries.run()):
-            self._background.append(asyncio.create_task(work))
-            self._background[-1].add_done_callback(self._background_ended)
+        for work in (self.reporter.run(), self.deliveries.run()):
+            self._go_on(work)
+        if self.lease.shared:
+            self._go_on(self._heed_others())
+
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> None:
+        self._background.append(asyncio.create_task(work))
+        self._background[-1].add_done_callback(self._background_ended)
 
     def _background_ended(self, task: asyncio.Task[None]) -> None:
         """Work that goes on for ever has ended: on purpose, or by a defect, which must be seen."""
@@ -164,20 +182,23 @@ class Gateway:
             _log.error("background_work_ended", work=name, exc_info=error)
 
     async def _recover(self) -> None:
-        """Queued jobs of former epochs run; running ones run again, or end visibly where they cannot."""
-        found = self.archive.unfinished(self.catalogue)
+        """Queued jobs that were taken over run; running ones run again, or end visibly where they cannot."""
+        epochs = set(await asyncio.to_thread(self.lease.mine)) - self._working_on
+        if not epochs:
+            return
+        found = self.archive.unfinished(self.catalogue, epochs)
         count = 0
         while batch := await asyncio.to_thread(lambda: list(itertools.islice(found, RECOVERED_AT_ONCE))):
             count += len(batch)
             await asyncio.gather(*(self._resume(recovered) for recovered in batch))
-        if count:
-            _log.info("jobs_recovered", jobs=count)
+        self._working_on |= epochs
+        _log.info("jobs_recovered", jobs=count, epochs=[f"{one.gateway_id}/{one.number}" for one in sorted(epochs)])
 
     async def _resume(self, recovered: Recovered) -> None:
         job = recovered.job
         if recovered.lost:
             text = "the gateway was restarted, and the job cannot be run again"
-            await self.engine.end_recovered(job, never_ran("error", recovered.lost, text, 502, self.now_ns()))
+            await self.engine.finish(job, never_ran("error", recovered.lost, text, 502, self.now_ns()))
         else:
             self.engine.enqueue(job, again=job.attempt > 0)
 
@@ -197,10 +218,10 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         await asyncio.to_thread(self.publisher.stop, 5.0)
-        with contextlib.suppress(PlatformError):
-            await self.writer.submit(Do(self._renew))
         if self.journal is not None:
             await self.journal.stop()
+        with contextlib.suppress(PlatformError):
+            await self.writer.submit(Do(self._give_up))
         await self.writer.stop()
         for server in self.fleet.servers.values():
             await server.backend.close()
@@ -214,9 +235,7 @@ class Gateway:
 
     def _journal_setup(self, keys: RoleKeys) -> Setup:
         settings, key = self.settings, str(keys.path("gateway"))
-        return Setup(
-            __version__, str(settings.database_path), self.gateway_id, self.epoch, settings.gateway_signer, key
-        )
+        return Setup(__version__, settings.database, self.gateway_id, self.epoch, settings.gateway_signer, key)
 
     def request_id(self, given: str | None) -> uuid.UUID:
         """The client's own id where it is a UUID, else a new one."""
@@ -258,19 +277,63 @@ class Gateway:
             self.deliveries.wake()
 
     async def _keep_lease(self) -> None:
-        """Say that this gateway lives, and delete outputs whose time is over."""
+        """Say that this gateway lives, take over from those who do not, and delete outputs whose time is over."""
+        pause_s = self.settings.gateway_lease_s / 3
+        wait_s = pause_s
         while True:
-            await asyncio.sleep(LEASE_US / 3 / US_PER_SECOND)
-            with contextlib.suppress(PlatformError):  # the writer has said so; the next renewal may do
-                await self.writer.submit(Do(self._renew))
+            await asyncio.sleep(min(wait_s, max(0.0, self.lease.lasts_s)))
+            asked_s, wait_s = time.monotonic(), RENEW_AGAIN_S
+            try:
+                if self.lease.lasts_s <= 0:
+                    raise WriterEnded("the gateway's lease has run out", "see why the database took no write")
+                async with asyncio.timeout(min(self.lease.lasts_s, MAX_RENEWAL_S)):
+                    self.buckets.sharing = await self.writer.submit(Do(self._renew))
+                self.lease.renewed(asked_s)
+                wait_s = pause_s
+            except WriterEnded as error:
+                return await self._stop_at_once(error)
+            except (PlatformError, TimeoutError) as error:  # the writer has said so; the next renewal may do
+                _log.warning("lease_not_renewed", error=str(error), lasts_s=self.lease.lasts_s)
 
-    def _renew(self, connection: sa.Connection) -> None:
+    async def _stop_at_once(self, error: WriterEnded) -> None:
+        """Others may work on this gateway's jobs from now on: what runs is cut off, and the process ends."""
+        _log.error("gateway_stops", error=str(error))
+        await self.engine.drain(0)
+        self.drained = True
+        self.died.set()
+
+    def _renew(self, connection: sa.Connection) -> int:
+        """How many gateways live."""
+        living = self.lease.renew(connection, self._dropped_before + self.publisher.dropped)
+        self.lease.take_over(connection)
+        forget_cancellations(connection)
         now_us = self.clock.now_us()
-        dropped = self._dropped_before + self.publisher.dropped
-        values = {"lease_until_us": now_us + LEASE_US, "fast_path_dropped": dropped}
-        connection.execute(gateways.update().filter_by(gateway_id=self.gateway_id).values(**values))
         expired = sa.select(job_outputs.c.job_id).where(job_outputs.c.expires_us < now_us).limit(EXPIRED_AT_ONCE)
         connection.execute(job_outputs.delete().where(job_outputs.c.job_id.in_(expired)))
+        return living
+
+    def _give_up(self, connection: sa.Connection) -> None:
+        self.lease.renew(connection, self._dropped_before + self.publisher.dropped)
+        self.lease.give_up(connection)
+
+    async def _heed_others(self) -> None:
+        """Begin what was taken over from other gateways, and cancel here what they were asked to cancel."""
+        while True:
+            await asyncio.sleep(HEED_S)
+            try:
+                await self._recover()
+                asked = await asyncio.to_thread(self._cancelled_elsewhere)
+            except Unavailable as error:
+                _log.warning("other_gateways_not_heeded", error=str(error))
+                continue
+            for job_id in asked:
+                job = self.engine.find(uuid.UUID(bytes=job_id))
+                if job is not None and job.outcome is None:
+                    self.engine.cancel(job, "cancelled_by_client")
+
+    def _cancelled_elsewhere(self) -> Sequence[bytes]:
+        with self.database.read() as connection:
+            return cancelled_elsewhere(connection, {job_id.bytes for job_id in self.engine.jobs})
 
 
 def _lock(path: Path) -> IO[str]:

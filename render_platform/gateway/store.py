@@ -28,10 +28,10 @@ from render_platform.database import (
 from render_platform.errors import PlatformError, UsageError
 from render_platform.events import UsageEvent
 from render_platform.gateway.jobs import Job, Outcome
+from render_platform.gateway.leases import UNFINISHED, ended
 from render_platform.gateway.problems import Conflict
+from render_platform.gateway.writer import WriterEnded
 from render_platform.outbox import LIVE, Outbox
-
-UNFINISHED = ("queued", "running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class _Pending:
 
 
 class JobStore:
-    """Applies operations for one gateway and epoch (see `begin_epoch`)."""
+    """Applies operations for one gateway and epoch, until another works on its jobs (see `leases`)."""
 
     def __init__(
         self,
@@ -108,6 +108,8 @@ class JobStore:
         return self._next_seq - 1
 
     def apply(self, connection: sa.Connection, operations: Sequence[Operation]) -> list[Any]:
+        if ended(connection, self.gateway_id, self.epoch):
+            raise WriterEnded("another gateway works on this one's jobs", "its lease ran out: start it again")
         self._pending = _Pending(self._next_seq)
         results: dict[int, Any] = {}
         kinds: Sequence[tuple[type, Callable[..., list[Any]]]]

@@ -51,6 +51,8 @@ REFUSED = 0
 AT_ONCE, AT_ONCE_A_CUSTOMER = 16, 4
 TIMEOUT_S = 15.0
 LOOK_AGAIN_S = 60.0
+CLAIM_S = 60
+"""How long a delivery is one gateway's, where several share a database: longer than it may take."""
 PAUSE_S = 5.0
 """How long to leave a row, or the database, alone after SQL could not be read or written."""
 SECRET_BYTES = 32
@@ -89,6 +91,8 @@ class Deliveries:
         allow_private: frozenset[str] = frozenset(),
     ) -> None:
         self._database, self._writer, self._outbound = database, writer, outbound
+        self._shared = database.engine.dialect.name == "postgresql"  # other gateways see the same rows as due
+        self._shared = database.engine.dialect.name == "postgresql"  # other gateways see the same rows as due
         self._customers, self._clock, self._ids = customers, clock, ids
         self._allow_private = allow_private
         self._woken = asyncio.Event()
@@ -146,6 +150,8 @@ class Deliveries:
 
     async def _deliver(self, row: Any) -> None:
         try:
+            if self._shared and not await self._writer.submit(Do(partial(_claim, row=row, until_us=self._claim_us()))):
+                return
             outcome = await self._attempt(row)
             change = webhooks.update().filter_by(job_id=row.job_id).values(attempts=row.attempts + 1, **outcome)
             # A crash before this commit: it was posted perhaps, and is posted again. After it: its next time stands.
@@ -156,6 +162,9 @@ class Deliveries:
         finally:
             del self._under_way[row.job_id]
             self._woken.set()
+
+    def _claim_us(self) -> int:
+        return self._clock.now_us() + CLAIM_S * US_PER_SECOND
 
     async def _attempt(self, row: Any) -> dict[str, Any]:
         """Post once; the columns that say what came of it. Unavailable where the secret cannot be had."""
@@ -197,6 +206,12 @@ class Deliveries:
         job_id = str(uuid.UUID(bytes=row.job_id))
         _log.warning("webhook_given_up", job_id=job_id, attempts=row.attempts + 1, status=status, error=why)
         return {"next_us": None, "status": status}
+
+
+def _claim(connection: sa.Connection, row: Any, until_us: int) -> bool:
+    """Whether this gateway may deliver what several see as due; if it dies then, it is due again at `until_us`."""
+    mine = webhooks.update().filter_by(job_id=row.job_id, next_us=row.next_us).values(next_us=until_us)
+    return connection.execute(mine).rowcount == 1
 
 
 def payload_of(row: Any) -> bytes:

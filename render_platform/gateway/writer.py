@@ -94,7 +94,7 @@ class Transactions(Generic[Op]):
         that is known; where it cannot be known, the writer dies, and the next start finds what stands."""
         for _ in range(MOST_ASKS):
             try:
-                with self._database.read() as connection:
+                with self._database.settled() as connection:
                     return self._applier.stands(connection)
             except Unavailable:
                 time.sleep(ASK_AGAIN_S)

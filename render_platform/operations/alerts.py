@@ -21,7 +21,7 @@ import structlog
 
 from render_platform.clock import DAY_US, US_PER_SECOND, Clock, SystemClock
 from render_platform.config import Settings
-from render_platform.database import Database, metadata, open_sqlite
+from render_platform.database import Database, metadata, open_database
 from render_platform.errors import Unavailable, UsageError
 from render_platform.operations.alert_channels import Alert as Alert
 from render_platform.operations.alert_channels import Channel, open_channels
@@ -205,9 +205,9 @@ def open_alerts(settings: Settings, clock: Clock | None = None) -> Iterator[Aler
 
     UsageError where the folder holds no state; Unavailable where its database cannot be used.
     """
-    if not settings.database_path.exists():
+    if not settings.has_state:
         raise UsageError(f"{settings.state_dir} holds no platform state", "give --state DIR")
-    database = open_sqlite(settings.database_path)
+    database = open_database(settings.database)
     try:
         yield Alerts(database, open_channels(settings), clock or SystemClock(), settings.alert_repeat_s)
     finally:

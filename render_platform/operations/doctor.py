@@ -38,6 +38,8 @@ LEAST_FREE_BYTES, FEW_FREE_BYTES = 1024**3, 10 * 1024**3
 MAX_SKEW_US = 5 * US_PER_SECOND
 SAFE_SQLITE = (3, 51, 3)
 """The first in which a log of writes that is reset under several writers is whole."""
+_SERVER = ("server_version", "server_encoding", "fsync", "synchronous_commit")
+_SERVER_US = sa.cast(sa.extract("epoch", sa.func.clock_timestamp()) * US_PER_SECOND, sa.BigInteger)
 ANSWER_S = 5
 MAX_ANSWER_BYTES = 1024**2
 _DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"
@@ -68,7 +70,8 @@ class Doctor:
         """One part after the other; what fails in one keeps no other from being looked at."""
         yield self._of("state folder", self._folder)
         yield self._of("disk", self._disk)
-        standing = os.access(self._settings.database_path, os.F_OK)  # no error where the folder may not be entered
+        database = self._settings.database_path
+        standing = bool(self._settings.database_url) or os.access(database, os.F_OK)  # no error in a closed folder
         for name in ("blobs", "log") if standing or self._settings.objects_url else ():
             yield self._of(f"store of {name}", partial(self._store, name))
         for part, look in (("database", self._database), ("clock", self._live_clock), ("log", self._log)):
@@ -99,11 +102,12 @@ class Doctor:
 
     def _folder(self) -> Found:
         folder = self._settings.state_dir
-        if not self._settings.database_path.exists():
+        if not (self._settings.has_state and folder.exists()):
             return Found(
                 OFF, f"{folder} holds no platform state", "run `render-platform up` or `demo`, or give --state DIR"
             )
-        secret = [folder, self._settings.database_path, *sorted(self._settings.keys_dir.glob("*.key"))]
+        files = (self._settings.database_path, *sorted(self._settings.keys_dir.glob("*.key")))
+        secret = [folder, *(path for path in files if path.exists())]
         if shared := [path for path in secret if stat.S_IMODE(path.stat().st_mode) & 0o077]:
             names = ", ".join(str(path) for path in shared)
             return Found(BAD, f"others may read {names}: keys, customers' ids and salts", f"chmod go-rwx {shared[0]}")
@@ -132,9 +136,13 @@ class Doctor:
 
     def _database(self, platform: Platform) -> Found:
         with platform.database.write() as connection:  # waits for other writers, as all do
-            mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
-            durable = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
-            version = str(connection.exec_driver_sql("SELECT sqlite_version()").scalar_one())
+            return self._postgres(connection) if self._settings.database_url else self._sqlite(connection)
+
+    @staticmethod
+    def _sqlite(connection: sa.Connection) -> Found:
+        mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+        durable = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
+        version = str(connection.exec_driver_sql("SELECT sqlite_version()").scalar_one())
         if (mode, durable) != ("wal", 2):
             return Found(
                 BAD, f"SQLite runs with {mode} and synchronous={durable}", "let no other program change its settings"
@@ -142,6 +150,21 @@ class Doctor:
         if tuple(map(int, version.split("."))) < SAFE_SQLITE:
             return Found(WARNING, f"SQLite {version} may lose a reset of its log of writes", "install pysqlite3-binary")
         return Found(GOOD, f"SQLite {version}, WAL, synchronous=FULL; takes writes")
+
+    def _postgres(self, connection: sa.Connection) -> Found:
+        before_us = self._clock.now_us()
+        row = connection.execute(sa.select(*map(sa.func.current_setting, _SERVER), _SERVER_US)).one()
+        skew_us = _apart_us(before_us, row[-1], self._clock.now_us())
+        version, encoding, fsync, commit = row[:4]
+        if (fsync, commit) != ("on", "on"):
+            says = f"PostgreSQL {version} runs with fsync={fsync} and synchronous_commit={commit}"
+            return Found(BAD, f"{says}: what was acknowledged may be lost", "set both to on in postgresql.conf")
+        if encoding != "UTF8":
+            return Found(BAD, f"the database's encoding is {encoding}", "make it anew with ENCODING 'UTF8'")
+        if skew_us > MAX_SKEW_US:
+            says = f"its clock and this one are {skew_us // US_PER_SECOND:,} s apart"
+            return Found(BAD, says, "set both by NTP: its log is read beside ours")
+        return Found(GOOD, f"PostgreSQL {version}, fsync and synchronous_commit on; takes writes, clocks agree")
 
     def _live_clock(self, platform: Platform) -> Found:
         """Against the newest event: of a clock that was set back, events are recorded at the time before."""
@@ -177,7 +200,7 @@ class Doctor:
                 "SELECT version() AS version, toUnixTimestamp64Micro(now64(6)) AS now_us"
             ).to_pylist()[0]
             after_us = self._clock.now_us()
-        skew_us = max(before_us - row["now_us"], row["now_us"] - after_us, 0)
+        skew_us = _apart_us(before_us, row["now_us"], after_us)
         if skew_us > MAX_SKEW_US:
             says = f"its clock and this one are {skew_us // US_PER_SECOND:,} s apart"
             return Found(BAD, says, "set both by NTP: retention and freshness are judged by them")
@@ -218,6 +241,11 @@ class Doctor:
                 BAD, f"daemons are not healthy: {', '.join(ill)}", "see the UI's page Deployment, and restart it"
             )
         return Found(GOOD, f"{len(found)} daemons, all that are needed are healthy")
+
+
+def _apart_us(before_us: int, there_us: int, after_us: int) -> int:
+    """How far another clock, that was read between two readings of ours, is at least from it."""
+    return max(before_us - there_us, there_us - after_us, 0)
 
 
 def exit_code(found: list[Diagnosis]) -> int:

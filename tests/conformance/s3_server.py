@@ -70,9 +70,8 @@ def client(endpoint: str) -> Any:
     )
 
 
-@contextlib.contextmanager
-def start_seaweed(folder: Path) -> Iterator[S3Server]:
-    """SeaweedFS with one user and three buckets, the last two with versions, the last with object lock."""
+def seaweed_command(folder: Path) -> tuple[list[str], dict[str, str], str]:
+    """What starts SeaweedFS over `folder` with one user: the command, its environment, and the endpoint."""
     weed = environment("seaweedfs", SEAWEED) / "bin/weed"
     master, volume, filer, port = (pair_of_ports() for _ in range(4))
     credentials = [{"accessKey": KEY, "secretKey": SECRET}]
@@ -93,7 +92,13 @@ def start_seaweed(folder: Path) -> Iterator[S3Server]:
         "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1",
         "GOMEMLIMIT": "200MiB",
     }
-    endpoint = f"http://127.0.0.1:{port}"
+    return command, env, f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def start_seaweed(folder: Path) -> Iterator[S3Server]:
+    """SeaweedFS with three buckets, the last two with versions, the last with object lock."""
+    command, env, endpoint = seaweed_command(folder)
     with running(command, env, folder / "weed.log", f"{endpoint}/healthz"):
         s3 = client(endpoint)
         s3.create_bucket(Bucket="plain")

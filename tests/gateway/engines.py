@@ -14,9 +14,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from render_platform import database as sql
 from render_platform.clock import SystemIds, uuid7
-from render_platform.database import Database, open_sqlite
+from render_platform.database import Database
 from render_platform.errors import Unavailable
 from render_platform.events import UsageEvent
 from render_platform.gateway.archive import Archive
@@ -25,12 +24,16 @@ from render_platform.gateway.catalogue import BackendSpec, ModelSpec
 from render_platform.gateway.engine import Engine
 from render_platform.gateway.fleet import Device, Fleet, Server
 from render_platform.gateway.jobs import Job, Outcome, Request
+from render_platform.gateway.leases import Lease
 from render_platform.gateway.meters import WallClockMeter
 from render_platform.gateway.store import Do, JobStore, Operation
 from render_platform.gateway.writer import Writer
 from render_platform.outbox import Outbox
 from tests.gateway.virtual_time import LoopClock, now_ns, virtual_loop
+from tests.platforms import connect, open_database_of
+from tests.postgres import CHOSEN
 
+LEASE_S = 30
 Behaviour = Callable[[Attempt], Awaitable[Answer]]
 
 
@@ -156,12 +159,15 @@ class FaultyDatabase(Database):
 
 def open_faulty(path: Path, wait_s: float = 30) -> FaultyDatabase:
     """`wait_s`: how long a transaction waits for another process's."""
-    found = open_sqlite(path)
+    found = open_database_of(path.parent)
     found.close()
 
     @sa.event.listens_for(found.engine, "connect")
     def _wait(connection: Any, _record: Any) -> None:
-        connection.execute(f"PRAGMA busy_timeout = {int(wait_s * 1_000)}")
+        own = f"SET lock_timeout = {int(wait_s * 1_000)}" if CHOSEN else f"PRAGMA busy_timeout = {int(wait_s * 1_000)}"
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(own)
+        connection.commit()
 
     return FaultyDatabase(found.engine)
 
@@ -204,6 +210,7 @@ class Rig:
     writer: WatchedWriter
     engine: Engine
     archive: Archive
+    lease: Lease
     clock: LoopClock
     model: ModelSpec
     backends: dict[str, FakeBackend]
@@ -245,7 +252,8 @@ class Rig:
         return read_sql(self.path, query, *values)
 
     def events(self, what: str = "*") -> list[Any]:
-        return self.sql(f"SELECT {what} FROM usage_events ORDER BY rowid")
+        order = "" if "(" in what else " ORDER BY rowid"  # an aggregate is one row
+        return self.sql(f"SELECT {what} FROM usage_events{order}")
 
     @property
     def servers(self) -> Mapping[str, Server]:
@@ -254,7 +262,7 @@ class Rig:
 
 def read_sql(path: Path, query: str, *values: Any) -> list[Any]:
     """Through a connection of its own: it sees what is committed, and nothing else."""
-    with closing(vars(sql)["sqlite_module"].connect(path)) as connection:
+    with closing(connect(path.parent)) as connection:
         found: list[Any] = connection.execute(query, values).fetchall()
         connection.commit()
         return found
@@ -273,8 +281,8 @@ async def make_engine(
     """An engine of a new epoch over the database in `tmp_path`. At the end it stops as a gateway does, at once."""
     path = tmp_path / "platform.db"
     database, clock, ids = open_faulty(path, wait_s), LoopClock(), SystemIds()
-    archive = Archive(database, clock, ids)
-    gateway_id, epoch, _ = archive.begin_epoch()
+    archive, lease = Archive(database, clock), Lease(database, clock, ids, tmp_path / "gateway.id", LEASE_S)
+    gateway_id, epoch = lease.begin().epoch
     store = JobStore(outbox(database, ids), clock, ids, gateway_id, epoch)
     writer = WatchedWriter(database, store, virtual_loop())
     backends = backends or (backend(),)
@@ -291,7 +299,7 @@ async def make_engine(
     writer.start()
     try:
         model_spec = model_of(backends, **model)
-        yield Rig(path, database, store, writer, engine, archive, clock, model_spec, by_name, told)
+        yield Rig(path, database, store, writer, engine, archive, lease, clock, model_spec, by_name, told)
     finally:
         await engine.drain(0)
         await writer.stop()

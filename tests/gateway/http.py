@@ -19,13 +19,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import uvicorn
 
-from render_platform.config import load_settings
 from render_platform.gateway.app import server_config
 from render_platform.gateway.backends import Answer, Attempt, BackendFailure
 from render_platform.gateway.catalogue import BackendSpec
 from render_platform.gateway.service import KINDS, Gateway
 from render_platform.gateway.simulated_backend import SimulatedBackend
-from tests.platforms import connect
+from tests.platforms import connect, settings_of
 
 T = TypeVar("T")
 WAIT_S = 20.0
@@ -322,9 +321,7 @@ def occupied(at: Running, by: Client | None = None, **asked: Any) -> Iterator[st
 def running(folder: Path, *, catalogue: dict[str, Any] | None = None, **options: Any) -> Iterator[Running]:
     """A gateway over `folder`, which may have been used before; ended when the block is left."""
     stage, ready, made = Stage(), threading.Event(), list[tuple[Gateway, uvicorn.Server, asyncio.AbstractEventLoop]]()
-    settings = load_settings(
-        {}, state_dir=folder, gateway_port=0, drain_s=1, catalogue=catalogue or CATALOGUE, **options
-    )
+    settings = settings_of(folder, gateway_port=0, drain_s=1, catalogue=catalogue or CATALOGUE, **options)
 
     async def serve() -> None:
         gateway = Gateway(settings, kinds={**KINDS, "simulated": stage.backend})

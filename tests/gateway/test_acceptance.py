@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from render_platform import canonical
 from render_platform.errors import Finding
-from render_platform.gateway.acceptance import FIELDS, Acceptance, acceptance_of
+from render_platform.gateway.jobs import FIELDS, Acceptance, acceptance_of
 from render_platform.note import FileSigner, load_or_create_key, sign_note
 from tests.gateway.engines import make_engine
 from tests.gateway.virtual_time import run

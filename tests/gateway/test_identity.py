@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import sqlite3
 import string
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from render_platform.clock import US_PER_SECOND, ManualClock, SystemIds
-from render_platform.database import Database, open_sqlite
+from render_platform.database import Database
 from render_platform.errors import UsageError
 from render_platform.gateway.identity import (
     ANONYMOUS,
@@ -37,6 +36,7 @@ from render_platform.gateway.identity import (
     Unauthorized,
 )
 from tests.gateway.test_identity_tokens import jwk, token_of
+from tests.platforms import connect, open_database_of
 
 NOW_S = 1_700_157_600
 SIGNER = Ed25519PrivateKey.generate()
@@ -49,7 +49,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         (folder / "jwks.json").write_text(json.dumps({"keys": [jwk(SIGNER)]}))
         self.path = folder / "platform.db"
-        self.database: Database = open_sqlite(self.path)
+        self.database: Database = open_database_of(folder)
         self.clock = ManualClock(NOW_S * US_PER_SECOND)
         self.keys = self.other_process()
         self.customers = Customers(self.database)
@@ -104,7 +104,7 @@ def test_a_key_is_its_holders_whichever_header_brings_it(world: World) -> None:
 
 def test_only_the_hash_of_a_key_is_kept(world: World) -> None:
     key = world.keys.create("acme", {"customer"})
-    with closing(sqlite3.connect(world.path)) as connection:
+    with closing(connect(world.path.parent)) as connection:
         rows = connection.execute("SELECT * FROM api_keys").fetchall()
     assert hashlib.sha256(key.encode()).digest() in rows[0]
     secret = key[20:]

@@ -23,12 +23,11 @@ from render_platform.database import open_sqlite
 from render_platform.errors import RecordError, Unavailable
 from render_platform.events import storage_row
 from render_platform.gateway import journal
-from render_platform.gateway.acceptance import Acceptance, acceptance_of
-from render_platform.gateway.archive import Archive
 from render_platform.gateway.backends import Usage
-from render_platform.gateway.jobs import Job, Outcome, Request
+from render_platform.gateway.jobs import Acceptance, Job, Outcome, Request, acceptance_of
 from render_platform.gateway.journal import Journal, Setup
 from render_platform.gateway.journal_messages import Told, operation_of, told_of
+from render_platform.gateway.leases import Lease
 from render_platform.gateway.problems import Conflict
 from render_platform.gateway.store import Accept, Do, Finish, Start
 from render_platform.gateway.writer import LastWrite, WriterEnded
@@ -76,7 +75,7 @@ class Stage:
 @asynccontextmanager
 async def started(folder: Path) -> AsyncIterator[Stage]:
     database = open_sqlite(folder / "platform.db")
-    gateway_id, epoch, _ = Archive(database, SystemClock(), SystemIds()).begin_epoch()
+    gateway_id, epoch = Lease(database, SystemClock(), SystemIds(), folder / "gateway.id", 30).begin().epoch
     database.close()
     load_or_create_key(folder / "gateway.key", "example.com/gateway")
     setup = Setup(__version__, str(folder / "platform.db"), gateway_id, epoch, "", str(folder / "gateway.key"))

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pysqlite3
 
-from render_platform.gateway.acceptance import Acceptance
+from render_platform.gateway.jobs import Acceptance
 from render_platform.note import load_or_create_key
 from tests.gateway.processes import running_gateway
 

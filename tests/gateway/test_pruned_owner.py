@@ -17,7 +17,7 @@ from tests.platforms import LIVE, make_platform, record_random
 
 def test_reported_usage_was_no_job_here(tmp_path: Path) -> None:
     with closing(make_platform(tmp_path / "state", ManualClock(START_US))) as platform:
-        archive = Archive(platform.database, platform.clock, platform.ids)
+        archive = Archive(platform.database, platform.clock)
         (own,) = record_random(platform, 1, 1)
         ingest = Ingest(platform.outbox, platform.ids, platform.clock)
         with platform.database.write() as connection:

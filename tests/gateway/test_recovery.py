@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 
 from render_platform.clock import US_PER_SECOND
-from render_platform.gateway.archive import LEASE_US, PAGE, counts
+from render_platform.gateway.archive import PAGE, counts
 from render_platform.gateway.catalogue import Catalogue, ModelSpec
 from render_platform.gateway.fleet import never_ran
 from render_platform.gateway.jobs import Job
 from render_platform.gateway.store import Accept, Finish, JobStore
+from render_platform.gateway.writer import WriterEnded
 from render_platform.outbox import Outbox
-from tests.gateway.engines import Rig, backend, check_books, fails, hangs, make_engine, takes
+from tests.gateway.engines import LEASE_S, Rig, backend, check_books, fails, hangs, make_engine, takes
 from tests.gateway.virtual_time import S, now_ns, pause, run, until, virtual_loop
+from tests.platforms import lose_database
 
 
 async def recover(rig: Rig, *models: ModelSpec) -> list[Job]:
@@ -30,10 +32,10 @@ async def recover(rig: Rig, *models: ModelSpec) -> list[Job]:
         backends={name: one.spec for name, one in rig.backends.items()},
         models={model.name: model for model in models or (rig.model,)},
     )
-    found = list(rig.archive.unfinished(catalogue))
+    found = list(rig.archive.unfinished(catalogue, rig.lease.mine()))
     for one in found:
         if one.lost:
-            await rig.engine.end_recovered(one.job, never_ran("error", one.lost, "it was lost", 502, now_ns()))
+            await rig.engine.finish(one.job, never_ran("error", one.lost, "it was lost", 502, now_ns()))
         else:
             rig.engine.enqueue(one.job, again=one.job.attempt > 0)
     return [one.job for one in found]
@@ -119,7 +121,7 @@ def test_a_model_or_a_backend_that_is_gone_ends_its_jobs(tmp_path: Path) -> None
             ) + ([(None, "m", "f")] * 2 if not gone else [])
 
     for gone in (False, True):
-        (tmp_path / "platform.db").unlink(missing_ok=True)
+        lose_database(tmp_path)
         run(before)
         run(lambda gone=gone: after(gone))  # type: ignore[misc]
 
@@ -178,7 +180,8 @@ def test_a_worker_of_a_former_epoch_that_wakes_up_changes_nothing(tmp_path: Path
                 (job,) = await recover(successor)
                 await until(lambda: job.attempt == 2)
                 end = never_ran("success", "", "", 200, now_ns())
-                assert await rig.writer.submit(Finish(stale, stale.attempt, end)) is None
+                with pytest.raises(WriterEnded):
+                    await rig.writer.submit(Finish(stale, stale.attempt, end))
                 await successor.ended(job)
                 assert successor.events("attempt, status") == [(2, "success")]
                 check_books(successor)
@@ -192,10 +195,10 @@ def test_each_start_is_an_epoch_of_the_same_gateway(tmp_path: Path) -> None:
             gateway_id = rig.store.gateway_id
             rig.sql("UPDATE gateways SET fast_path_dropped = 7")
             for epoch in (2, 3):
-                assert rig.archive.begin_epoch() == (gateway_id, epoch, 7)
+                assert rig.lease.begin() == ((gateway_id, epoch), 7)
                 store = JobStore(Outbox(rig.database, rig.engine.ids), rig.clock, rig.engine.ids, gateway_id, epoch)
                 assert store.accepted == 0
-            assert rig.sql("SELECT lease_until_us FROM gateways") == [(rig.clock.now_us() + LEASE_US,)]
+            assert rig.sql("SELECT lease_until_us FROM gateways") == [(rig.clock.now_us() + LEASE_S * US_PER_SECOND,)]
 
     run(test)
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from render_platform.errors import Finding
-from render_platform.gateway.acceptance import Acceptance
 from render_platform.gateway.identity import Terms
+from render_platform.gateway.jobs import Acceptance
 from render_platform.note import load_or_create_key
 from tests.gateway.http import CHAT, CHAT_PATH, HUGGING_FACE, IMAGE_PATH, Client, Running, eventually, occupied, running
 

@@ -15,11 +15,11 @@ import pytest
 import sqlalchemy as sa
 
 from render_platform.clock import ManualClock, uuid7
-from render_platform.database import Database, metadata, open_sqlite
+from render_platform.database import Database, metadata
 from render_platform.errors import PlatformError, RecordError, Unavailable
 from render_platform.events import UsageEvent
-from render_platform.gateway.archive import Archive
 from render_platform.gateway.jobs import Job, Outcome, Request
+from render_platform.gateway.leases import Lease
 from render_platform.gateway.problems import Conflict
 from render_platform.gateway.store import Accept, Finish, JobStore, Operation, Start
 from render_platform.outbox import Outbox, forget_customer
@@ -36,7 +36,7 @@ from tests.gateway.engines import (
     takes,
 )
 from tests.gateway.virtual_time import pause, run
-from tests.platforms import SeededIds
+from tests.platforms import SeededIds, open_database_of
 
 MODEL = model_of([backend()])
 
@@ -92,8 +92,8 @@ class Books:
 @pytest.fixture
 def books(tmp_path: Path) -> Iterator[Books]:
     path, ids, clock = tmp_path / "platform.db", SeededIds(1), ManualClock(START_US)
-    database = open_sqlite(path)
-    gateway_id, epoch, _ = Archive(database, clock, ids).begin_epoch()
+    database = open_database_of(tmp_path)
+    gateway_id, epoch = Lease(database, clock, ids, tmp_path / "gateway.id", 30).begin().epoch
     outbox = FailingOutbox(database, ids)
     outbox.errors = []
     yield Books(path, database, outbox, clock, ids, JobStore(outbox, clock, ids, gateway_id, epoch))
@@ -147,7 +147,8 @@ def test_a_group_that_was_undone_takes_no_numbers(books: Books) -> None:
 
 def test_a_new_epoch_counts_anew_and_knows_its_customers(books: Books) -> None:
     first = books.accepted(idempotency_key="k")
-    gateway_id, epoch, _ = Archive(books.database, books.clock, books.ids).begin_epoch()
+    name_file = books.path.with_name("gateway.id")
+    gateway_id, epoch = Lease(books.database, books.clock, books.ids, name_file, 30).begin().epoch
     assert (gateway_id, epoch) == (books.store.gateway_id, 2)
     books.store = JobStore(books.outbox, books.clock, books.ids, gateway_id, epoch)
     assert books.apply(Accept(books.job(idempotency_key="k"), running=True)) == [first.job_id]

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from render_platform import database as sql
-from render_platform.database import ingested
 from render_platform.errors import PlatformError, RecordError, Unavailable
+from render_platform.gateway.ingest import ingested
 from render_platform.gateway.store import Accept, Do
 from render_platform.gateway.writer import MAX_GROUP, Transactions, WriterEnded
 from tests.gateway.engines import (
@@ -32,11 +31,14 @@ from tests.gateway.engines import (
     takes,
 )
 from tests.gateway.virtual_time import S, pause, run, until, virtual_loop
+from tests.platforms import connect
+from tests.postgres import CHOSEN
 
 
 def insert(number: int) -> Do:
     values = {"event_id": number.to_bytes(16, "big"), "content_digest": b"x"}
-    return Do(lambda connection: connection.execute(ingested.insert().values(**values)).rowcount)
+    statement = ingested.insert().values(**values).execution_options(preserve_rowcount=True)
+    return Do(lambda connection: connection.execute(statement).rowcount)
 
 
 def raises(error: BaseException) -> Do:
@@ -95,7 +97,7 @@ def test_a_database_that_is_locked_refuses_and_nothing_stands(tmp_path: Path) ->
     async def test() -> None:
         one = backend(capacity=2)
         async with make_engine(tmp_path, one, wait_s=0.05, max_queue=2) as rig:
-            with closing(vars(sql)["sqlite_module"].connect(rig.path, isolation_level=None)) as other:
+            with closing(connect(rig.path.parent)) as other:
                 other.execute("BEGIN IMMEDIATE")
                 for _ in range(3):  # slots and places are given back each time
                     asked = await asyncio.gather(rig.submit(), rig.submit(), return_exceptions=True)
@@ -269,12 +271,19 @@ def test_a_job_whose_time_is_up_or_that_is_cancelled_when_the_database_is_back_d
     run(test)
 
 
+REFUSE = "CREATE TRIGGER refuse BEFORE INSERT ON usage_events BEGIN SELECT RAISE(ABORT, 'no'); END"
+ALLOW = "DROP TRIGGER refuse"
+if CHOSEN:
+    REFUSE = "ALTER TABLE usage_events ADD CONSTRAINT refuse CHECK (false) NOT VALID"
+    ALLOW = "ALTER TABLE usage_events DROP CONSTRAINT refuse"
+
+
 def test_a_failing_database_is_not_asked_without_a_pause(tmp_path: Path) -> None:
     """Not even where what replaces a bill that was refused is refused itself."""
 
     async def test() -> None:
         async with make_engine(tmp_path) as rig:
-            rig.sql("CREATE TRIGGER refuse BEFORE INSERT ON usage_events BEGIN SELECT RAISE(ABORT, 'no'); END")
+            rig.sql(REFUSE)
             job = await rig.submit()
             await asyncio.sleep(1)
             begun_s = time.monotonic()
@@ -282,7 +291,7 @@ def test_a_failing_database_is_not_asked_without_a_pause(tmp_path: Path) -> None
             assert time.monotonic() - begun_s < 5
             assert job.outcome is None
             assert rig.sql("SELECT state FROM jobs") == [("running",)]
-            rig.sql("DROP TRIGGER refuse")
+            rig.sql(ALLOW)
             await rig.ended(job)
             assert rig.events("error_code") == [("usage_refused",)]
             check_books(rig)

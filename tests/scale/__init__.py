@@ -1,0 +1,1 @@
+"""Everything beyond one machine at once, killed part by part. `make test-scale` runs it; else it is skipped."""

@@ -22,10 +22,12 @@ from render_platform.clock import DAY_US, HOUR_US, US_PER_SECOND
 from render_platform.config import load_settings
 from render_platform.errors import DigestMismatch, Missing, Unavailable, UsageError
 from render_platform.events import UsageEvent
+from render_platform.operations.doctor import Diagnosis, Doctor
 from render_platform.pipeline import Platform
 from tests import chdb_server, factories
 from tests.conformance import s3_server
 from tests.gateway.servers import free_port
+from tests.platforms import SeededIds
 from tests.slow_paths import ENGINES, BucketObjects, Stored, bridge_client, bucket_bridge, bucket_options, connection
 from tests.stories import HOUR, deliver, finish_lane, logged, open_story, record
 from tests.test_charging import AFTER_MONTH, DAY, MONTH, SECOND
@@ -177,6 +179,18 @@ def test_a_wrong_secret_writes_nothing_and_is_told_without_it(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.SECRET)
     assert closed_day.reconcile(HOUR).status == "reconciled"
     assert Charging(closed_day, BOOK).charge(DAY).record.events == 120
+
+
+def test_doctor_has_clickhouse_read_a_batch(closed_day: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> Diagnosis:
+        doctor = Doctor(closed_day.settings, closed_day.clock, SeededIds("doctor"))
+        return next(one for one in doctor.examine() if one.part == "slow path")
+
+    assert (look().status, look().says.endswith("the 120 events of the newest batch")) == ("good", True)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a wrong secret")
+    ill = look()
+    assert ill.status == "unavailable"
+    assert ill.remedy
 
 
 class Watched:

@@ -163,14 +163,13 @@ class ClickHouseReader:
         """The ETags of objects whose bytes have the digests in their names, and whose footers promise these events."""
         records = {str(entry.subject_digest): entry.records for entry in chunk}
         found = self._ask(_BYTES, _BYTES_SCHEMA, self._bucket.table(list(records), "RawBLOB")).to_pylist()
-        if sorted((_digest_of(row["path"]), row["digest"]) for row in found) != sorted(
-            zip(records, records, strict=True)
-        ):
+        hashed = sorted((_digest_of(row["path"]), row["digest"]) for row in found)
+        if hashed != sorted((digest, digest) for digest in records):
             raise Unavailable("ClickHouse read other bytes than the log names", LOOK)
         pins = {row["digest"]: row["etag"] for row in found}
         source = f"{self._bucket.table(list(records), 'ParquetMetadata')} AS e WHERE {_pinned(pins)}"
         footers = self._ask(_FOOTERS, _FOOTERS_SCHEMA, source).to_pylist()
-        if any(row["columns"] != _columns() for row in footers):
+        if {row["columns"] for row in footers} != {_columns()}:
             raise Unavailable("ClickHouse read columns that are no usage event's", LOOK)
         if {_digest_of(row["path"]): row["records"] for row in footers} != records:
             raise Unavailable("ClickHouse read batches of other sizes than the log names", LOOK)

@@ -15,26 +15,34 @@ from render_platform.clickhouse_schema import DeviceHour, Latency
 from render_platform.clock import DAY_US, HOUR_US, iso
 from render_platform.errors import PlatformError, Unavailable
 from render_platform.pipeline import Platform
+from render_platform.slow_path import CLICKHOUSE, DUCKDB, Statement, Words
 from resources.platform import PlatformResource
 
 ROW = ["hour", "status", "revision", "events", "fast events", "events missing", "GPU seconds", "GPU seconds missing"]
 _KINDS = ("str", "str", "int", "int", "int", "int", "decimal", "decimal")
 NO_DEVICE = "no device told"
 
-_SUMS = f"""
-    SELECT (epoch_us(recorded_at) % {DAY_US} // {HOUR_US})::INTEGER AS hour, model_name, customer_ref,
-           count(*) AS events, sum(gpu_time_ns)::DECIMAL(38, 0) AS gpu_time_ns
-    FROM read_parquet($files) GROUP BY GROUPING SETS ((hour, model_name), (customer_ref))
-"""  # noqa: S608  constants only
+
+def _sums(words: Words) -> str:
+    at, total = words.micros.format("recorded_at"), words.total.format("gpu_time_ns")
+    return f"""
+        SELECT {at} % {DAY_US} - {at} % {HOUR_US} AS hour_us, model_name, customer_ref,
+               count(*) AS events, {total} AS gpu_ns
+        FROM {words.batches} GROUP BY GROUPING SETS ((hour_us, model_name), (customer_ref))
+    """  # noqa: S608  constants only
+
+
 _SUMS_SCHEMA = pa.schema(
     [
-        ("hour", pa.int32()),
+        ("hour_us", pa.int64()),
         ("model_name", pa.string()),
         ("customer_ref", pa.string()),
         ("events", pa.int64()),
-        ("gpu_time_ns", pa.decimal128(38, 0)),
+        ("gpu_ns", pa.decimal128(38, 0)),
     ]
 )
+"""`hour_us` counts from the day's begin."""
+_SUMS = Statement(_sums(DUCKDB), _sums(CLICKHOUSE), _SUMS_SCHEMA)
 
 
 class Used(NamedTuple):
@@ -180,17 +188,17 @@ def _row(hour: Hour) -> dict[str, Any]:
 def day_of_batches(platform: Platform, connection: duckdb.DuckDBPyConnection, start_us: int, end_us: int) -> Used:
     """What the published batches of a day's hours hold, read once, each blob checked against its digest.
 
-    Finding where a blob is not what the log names; Unavailable where one, or DuckDB, cannot be read.
+    Finding where a blob is not what the log names; Unavailable where one, or the engine, cannot be read.
     """
     by_model: dict[tuple[str, int], int] = defaultdict(int)
     events: dict[str, int] = defaultdict(int)
     gpu_time_ns: dict[str, int] = defaultdict(int)
     for hour_us in range(start_us, end_us, HOUR_US):
-        for chunk in platform.slow.query_chunks(platform.slow.hour(hour_us), connection, _SUMS, _SUMS_SCHEMA):
+        for chunk in platform.slow.read(platform.slow.hour(hour_us), _SUMS, connection):
             for row in chunk.to_pylist():
                 if row["customer_ref"] is None:
-                    by_model[row["model_name"], row["hour"]] += int(row["gpu_time_ns"])
+                    by_model[row["model_name"], row["hour_us"] // HOUR_US] += int(row["gpu_ns"])
                 else:
                     events[row["customer_ref"]] += row["events"]
-                    gpu_time_ns[row["customer_ref"]] += int(row["gpu_time_ns"])
+                    gpu_time_ns[row["customer_ref"]] += int(row["gpu_ns"])
     return Used(dict(by_model), [(ref, events[ref], gpu_time_ns[ref]) for ref in events])

@@ -9,7 +9,7 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -132,6 +132,11 @@ class Connection:
     def _ask(self, sql: str, **values: Any) -> pa.Table:
         with self._calling():
             return _printable(self._client.query_arrow(sql, parameters=values))
+
+    def read(self, sql: str, settings: Mapping[str, Any]) -> pa.Table:
+        """The rows of one SELECT over what is no table of this database: nothing needs to be migrated for it."""
+        with self._calling():
+            return _printable(self._client.query_arrow(sql, settings=dict(settings)))
 
     def _one(self, sql: str, **values: Any) -> Any:
         for row in self._ask(sql, **values).to_pylist():

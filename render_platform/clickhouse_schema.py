@@ -19,16 +19,17 @@ from render_platform.events import EVENT_SCHEMA
 _DEDUPLICATION = "non_replicated_deduplication_window = 10000, ttl_only_drop_parts = 1"
 
 
-def _column(field: pa.Field) -> str:
-    """The ClickHouse column of a field of EVENT_SCHEMA."""
+def column_of(field: pa.Field, *, kept: bool = False) -> str:
+    """The ClickHouse column of a field of EVENT_SCHEMA; `kept`: in a table of ours."""
     kinds = {pa.uuid(): "UUID", pa.binary(16): "FixedString(16)", pa.int64(): "Int64", pa.string(): "String"}
     kind = "DateTime64(6, 'UTC')" if pa.types.is_timestamp(field.type) else kinds[field.type]
     kind = f"Nullable({kind})" if field.nullable else kind
-    repeats = (field.metadata or {}).get(b"repeats") == b"yes"
+    repeats = kept and (field.metadata or {}).get(b"repeats") == b"yes"
     return f"`{field.name}` {f'LowCardinality({kind})' if repeats else kind}"
 
 
-EVENTS_TABLE = f"""CREATE TABLE IF NOT EXISTS usage_events ({", ".join(_column(field) for field in EVENT_SCHEMA)})
+_COLUMNS = ", ".join(column_of(field, kept=True) for field in EVENT_SCHEMA)
+EVENTS_TABLE = f"""CREATE TABLE IF NOT EXISTS usage_events ({_COLUMNS})
 ENGINE = MergeTree PARTITION BY toDate(recorded_at)
 ORDER BY (toStartOfHour(recorded_at), customer_ref, model_name, recorded_at, event_id)
 SETTINGS {_DEDUPLICATION}"""
@@ -215,8 +216,8 @@ def _numbers(field: pa.Field) -> str:
     return f"toUInt64({f'ifNull({number}, {NO_NUMBER})' if field.nullable else number}) * {weight(field.name)}"
 
 
-_ROW_VALUE = " + ".join(_numbers(field) for field in EVENT_SCHEMA if field.name != "event_id")
-_LOW, _HIGH = _half("UUIDToNum(e.event_id)", 1), _half("UUIDToNum(e.event_id)", 0)
+ROW_VALUE = " + ".join(_numbers(field) for field in EVENT_SCHEMA if field.name != "event_id")
+LOW, HIGH = _half("UUIDToNum(e.event_id)", 1), _half("UUIDToNum(e.event_id)", 0)
 
 # By minute first: `minute_sum` holds each minute of a rollup against the rows of that minute, in all columns but the
 # digest, which is an estimate.
@@ -236,8 +237,8 @@ _BY_KEY = "GROUP BY `window`, customer_ref, model_name ORDER BY `window`, custom
 WINDOWS_QUERY = f"""SELECT {_SUMS_OF_WINDOW}, sum(ids) AS id_sum, sum(high_ids) AS id_high_sum,
     sum(row_values) AS row_sum
 FROM (SELECT toStartOfMinute(e.recorded_at) AS at, e.customer_ref AS customer_ref, e.model_name AS model_name,
-    {_BY_MINUTE}, sum({_LOW}) AS ids, sum({_HIGH}) AS high_ids,
-    sum(bitOr(bitAnd({_LOW}, 4294967295), 1) * ({_ROW_VALUE})) AS row_values
+    {_BY_MINUTE}, sum({LOW}) AS ids, sum({HIGH}) AS high_ids,
+    sum(bitOr(bitAnd({LOW}, 4294967295), 1) * ({ROW_VALUE})) AS row_values
     FROM usage_events AS e WHERE {RANGE} GROUP BY at, customer_ref, model_name) {_BY_KEY}"""  # noqa: S608
 
 ROLLUP_QUERY = f"""SELECT {_SUMS_OF_WINDOW}
@@ -246,8 +247,8 @@ FROM (SELECT m.minute AS at, m.customer_ref AS customer_ref, m.model_name AS mod
 
 ROW_VALUES_QUERY = f"""SELECT UUIDToNum(e.event_id) AS event_id,
     intDiv(toUnixTimestamp64Micro(e.recorded_at), {WINDOW_US}) AS `window`, e.customer_ref AS customer_ref,
-    e.model_name AS model_name, {_ROW_VALUE} AS row_value
-FROM usage_events AS e WHERE {RANGE} AND {_LOW} % {{parts:UInt64}} = {{part:UInt64}}"""  # noqa: S608
+    e.model_name AS model_name, {ROW_VALUE} AS row_value
+FROM usage_events AS e WHERE {RANGE} AND {LOW} % {{parts:UInt64}} = {{part:UInt64}}"""  # noqa: S608
 ROW_COUNT_QUERY = f"SELECT toInt64(count()) AS rows FROM usage_events WHERE {RANGE}"  # noqa: S608
 
 _READ = (f"UUIDToNum(e.{f.name}) AS {f.name}" if f.type == pa.uuid() else f.name for f in EVENT_SCHEMA)

@@ -43,6 +43,12 @@ class Settings:
     """The S3 server's own address, where it is not AWS's. Credentials come from AWS_* variables."""
     object_lock_days: int = 0
     """Days for which nobody can remove what is written, where the bucket has object lock; 0: no lock of ours."""
+    slow_path_engine: str = "duckdb"
+    """duckdb | clickhouse: what reads batches for reconciliation and charges; ClickHouse reads them from the bucket."""
+    slow_path_cluster: str = ""
+    """A cluster that ClickHouse knows, whose nodes share that work. Empty: the server that is asked."""
+    slow_path_collection: str = ""
+    """A named collection of ClickHouse with its credentials for the bucket. Empty: those that it has by itself."""
     checkpoint_signer: str = ""
     """Who signs, a role: file:<path>, env:<variable> or python:<module>:<function>. Empty: the key in the state folder.
 
@@ -146,6 +152,8 @@ class Settings:
                 raise UsageError(f"{name} is {getattr(self, name)}", f"set it to {low} … {high}")
         if self.database_url and not self.database_url.startswith("postgresql://"):  # not shown: it may be a secret
             raise UsageError("database_url is no PostgreSQL URL", "set it to postgresql://user:password@host:port/name")
+        if self.slow_path_engine not in ("duckdb", "clickhouse"):
+            raise UsageError(f"slow_path_engine is {self.slow_path_engine!r}", "set it to duckdb or clickhouse")
         if self.witness_policy not in ("publish", "hold"):
             raise UsageError(f"witness_policy is {self.witness_policy!r}", "set it to publish or hold")
 

@@ -21,6 +21,7 @@ from render_platform.audit_log import AuditLog, BatchLogger, create_head
 from render_platform.batches import decode
 from render_platform.cas import Cas, check_stores, open_objects
 from render_platform.clickhouse import ClickHouse, open_clickhouse
+from render_platform.clickhouse_slow_path import open_reader
 from render_platform.clock import DAY_US, Clock, Ids, SystemClock, SystemIds
 from render_platform.config import Settings
 from render_platform.database import Database, batches, checkpoints, log_entries, open_database
@@ -69,7 +70,8 @@ class Platform:
         )
         self.outbox = Outbox(self.database, ids)
         self.hours = Hours(self.database, clock, settings.fast_path_deadline_s)
-        self.slow = SlowPath(self.cas, self._published_batches)
+        reader = open_reader(settings, self.cas, lambda: self.clickhouse)
+        self.slow = SlowPath(self.cas, self._published_batches, reader)
         self.repairs = Repairs(self.database, clock, ids)
         self.reconciler = Reconciler(
             settings,

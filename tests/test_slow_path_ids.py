@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from render_platform import batches, slow_path
-from render_platform.cas import Cas
+from render_platform import batches, clickhouse_slow_path, slow_path
 from render_platform.clock import WINDOW_US, iso
 from render_platform.entries import FIRST_PREVIOUS, AuditEntry
 from render_platform.errors import Finding, Unavailable
@@ -21,9 +20,10 @@ from render_platform.events import UsageEvent, table_from_events, total_gpu_time
 from render_platform.pipeline import Platform
 from tests import chdb_server, checksums, factories
 from tests.factories import make_events
+from tests.slow_paths import Stored, slow_engine  # noqa: F401  fixture
 from tests.stories import HOUR, deliver, open_story, record
 from tests.test_clickhouse import engine  # noqa: F401  fixture
-from tests.test_slow_path import Stored, by_key
+from tests.test_slow_path import by_key
 
 MADE = make_events(60, 3)
 
@@ -44,15 +44,19 @@ TWICE: dict[str, list[list[UsageEvent]]] = {
         [like(SAME, 2, recorded_at=HOUR + (SAME.recorded_at - HOUR + WINDOW_US) % (12 * WINDOW_US))],
     ],
     "three times": [MADE, [SAME], [SAME]],
+    "in one blob of two batches": [MADE[:7], MADE[8:], [SAME], [SAME]],
 }
 
 
 @pytest.mark.parametrize("case", TWICE)
 @pytest.mark.parametrize("at_once", [1_000_000, 61, 8])
-def test_an_id_that_stands_twice_is_a_finding(monkeypatch: pytest.MonkeyPatch, case: str, at_once: int) -> None:
-    monkeypatch.setattr(slow_path, "IDS_AT_ONCE", at_once)
+def test_an_id_that_stands_twice_is_a_finding(
+    monkeypatch: pytest.MonkeyPatch, slow_engine: str, case: str, at_once: int
+) -> None:
+    for module in (slow_path, clickhouse_slow_path):
+        monkeypatch.setattr(module, "IDS_AT_ONCE", at_once)
     with pytest.raises(Finding, match=f"the batches of {iso(HOUR)} hold event {SAME.event_id} twice"):
-        Stored(*map(table_from_events, TWICE[case])).aggregates()
+        Stored(*map(table_from_events, TWICE[case]), engine=slow_engine).aggregates()
 
 
 def with_ids(made: list[UsageEvent], ids: list[int]) -> pa.Table:
@@ -62,23 +66,24 @@ def with_ids(made: list[UsageEvent], ids: list[int]) -> pa.Table:
 
 
 @pytest.mark.parametrize("at_once", [1_000_000, 8])
-def test_ids_that_are_alike_in_half_are_two(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(slow_path, "IDS_AT_ONCE", at_once)
+def test_ids_that_are_alike_in_half_are_two(monkeypatch: pytest.MonkeyPatch, slow_engine: str, at_once: int) -> None:
+    for module in (slow_path, clickhouse_slow_path):
+        monkeypatch.setattr(module, "IDS_AT_ONCE", at_once)
     low = [event.event_id.int % 2**64 for event in MADE]
     other = [(event.event_id.int + 2**64) for event in MADE]
     assert [one % 2**64 for one in other] == low
     table = with_ids(MADE, sorted(other))
-    stored = Stored(table_from_events(MADE), table)
+    stored = Stored(table_from_events(MADE), table, engine=slow_engine)
     both = pa.concat_tables([table_from_events(MADE), table])
     assert by_key(stored.aggregates()) == checksums.sums_of_table(both)
     same_high = with_ids(MADE, [MADE[0].event_id.int ^ number for number in range(len(MADE))])
-    assert by_key(Stored(same_high).aggregates()) == checksums.sums_of_table(same_high)
+    assert by_key(Stored(same_high, engine=slow_engine).aggregates()) == checksums.sums_of_table(same_high)
 
 
-def test_a_batch_of_which_only_the_footer_can_be_read_is_a_finding() -> None:
-    stored = Stored(table_from_events(MADE))
-    whole = stored.objects.files[stored.path(0)]
-    digest = Cas(stored.objects).put(whole[:4] + bytes(196) + whole[200:])
+def test_a_batch_of_which_only_the_footer_can_be_read_is_a_finding(slow_engine: str) -> None:
+    stored = Stored(table_from_events(MADE), engine=slow_engine)
+    whole = stored.objects.read(stored.path(0))
+    digest = stored.cas.put(whole[:4] + bytes(196) + whole[200:])
     stored.entries[0] = replace(stored.entries[0], subject_digest=digest)
     with pytest.raises(Finding, match="not readable as Parquet"):
         stored.aggregates()

@@ -21,13 +21,12 @@ from render_platform.canonical import digest_of
 from render_platform.cas import Cas
 from render_platform.charges.price_book import PriceBook, parse_price_book
 from render_platform.charges.rating import (
-    USAGE_SCHEMA,
     Batches,
     Day,
     MonthState,
     build_day,
     build_invoice,
-    usage_sql,
+    usage_of,
     wrong_lines,
 )
 from render_platform.charges.records import DayCharges, Invoice, parse_day, parse_invoice
@@ -35,7 +34,7 @@ from render_platform.clock import DAY_US, US_PER_SECOND, iso
 from render_platform.entries import AuditEntry
 from render_platform.errors import Finding, Missing, Unavailable, UsageError
 from render_platform.evidence import Progress, Verification
-from render_platform.slow_path import SlowPath
+from render_platform.slow_path import SlowPath, require_count
 
 TYPES = ("charges", "correction")
 BOOK, DAY, INVOICE = "price-book/", "day/", "invoice/"
@@ -158,16 +157,8 @@ def read_usage(
 ) -> list[dict[str, Any]]:
     """Rows of USAGE_SCHEMA of the batches, digests checked. Finding where they hold more or fewer than the log says."""
     entries = [entry for _, entry in found]
-    rows = [
-        row
-        for table in slow.query_chunks(entries, connection, usage_sql(book), USAGE_SCHEMA)
-        for row in table.to_pylist()
-    ]
-    read, logged = sum(row["events"] for row in rows), sum(entry.records for entry in entries)
-    if read != logged:
-        raise Finding(
-            f"the batches hold {read} rows, their entries say {logged}", "run `render-platform verify --deep`"
-        )
+    rows = [row for table in slow.read(entries, usage_of(book), connection) for row in table.to_pylist()]
+    require_count(sum(row["events"] for row in rows), entries)
     return rows
 
 

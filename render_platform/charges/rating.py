@@ -19,6 +19,7 @@ import pyarrow as pa
 from render_platform.charges.price_book import UNITS, PriceBook, Rule
 from render_platform.charges.records import DayCharges, Invoice, InvoiceLine, Issued, Line, exact_sum
 from render_platform.errors import UsageError
+from render_platform.slow_path import CLICKHOUSE, DUCKDB, Statement, Words
 
 EXACT = Context(prec=120, traps=[Inexact, InvalidOperation, DivisionByZero, Overflow])
 """Refuses to round: what does not fit raises."""
@@ -41,17 +42,20 @@ Key = tuple[str, str]
 """customer_ref and SKU: what is rounded, a month."""
 
 
-def usage_sql(book: PriceBook) -> str:
-    """DuckDB's query over `$files` that gives USAGE_SCHEMA, one row or more a key."""
-    cases = " ".join(
-        f"WHEN epoch_us(event_time) < {period.from_us:d} THEN {n - 1}" for n, period in enumerate(book.periods)
-    )
+def usage_of(book: PriceBook) -> Statement:
+    """What gives USAGE_SCHEMA of batches, one row or more a key."""
+    return Statement(usage_sql(book), usage_sql(book, CLICKHOUSE), USAGE_SCHEMA)
+
+
+def usage_sql(book: PriceBook, words: Words = DUCKDB) -> str:
+    at = words.micros.format("event_time")
+    cases = " ".join(f"WHEN {at} < {period.from_us:d} THEN {n - 1}" for n, period in enumerate(book.periods))
     columns = [("gpu_second", "gpu_time_ns"), *_COLUMNS.items(), ("energy", "energy_mj")]
     known = ", ".join(f"count({column}) AS {unit}_known" for unit, column in columns)
-    sums = ", ".join(f"sum(coalesce({column}, 0))::DECIMAL(38, 0) AS {unit}" for unit, column in columns)
-    period = f"CASE {cases} ELSE {len(book.periods) - 1} END::BIGINT AS period"
+    sums = ", ".join(f"{words.total.format(f'coalesce({column}, 0)')} AS {unit}" for unit, column in columns)
+    period = f"CAST(CASE {cases} ELSE {len(book.periods) - 1} END AS BIGINT) AS period"
     names = "customer_ref, pricing_tier, model_name, device_uuid, status"
-    return f"SELECT {period}, {names}, count(*) AS events, {known}, {sums} FROM read_parquet($files) GROUP BY ALL"  # noqa: S608
+    return f"SELECT {period}, {names}, count(*) AS events, {known}, {sums} FROM {words.batches} GROUP BY ALL"  # noqa: S608
 
 
 @dataclass(slots=True)

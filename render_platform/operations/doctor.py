@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+import duckdb
 import sqlalchemy as sa
 
 from render_platform.cas import open_objects
@@ -79,6 +80,8 @@ class Doctor:
                 yield self._of(part, partial(self._opened, look))
         if standing or self._settings.clickhouse_dsn:
             yield self._of("ClickHouse", self._clickhouse)
+        if standing and self._settings.slow_path_engine == "clickhouse":
+            yield self._of("slow path", partial(self._opened, self._slow_path))
         yield self._of("gateway", self._gateway)
         yield self._of("Dagster", self._dagster)
 
@@ -205,6 +208,16 @@ class Doctor:
             says = f"its clock and this one are {skew_us // US_PER_SECOND:,} s apart"
             return Found(BAD, says, "set both by NTP: retention and freshness are judged by them")
         return Found(GOOD, f"{row['version']}, no migration pending, clocks agree")
+
+    def _slow_path(self, platform: Platform) -> Found:
+        """ClickHouse reads the newest batch from the bucket: it needs rights of its own there."""
+        hours = (platform.slow.hour(hour_us) for hour_us in reversed(platform.hours.known()))
+        newest = next((entries[-1:] for entries in hours if entries), [])
+        with duckdb.connect() as connection:  # which nothing is read with
+            rows = sum(table.num_rows for table in platform.slow.row_values(newest, connection))
+        if not newest:
+            return Found(GOOD, "no batch is published yet that ClickHouse could read")
+        return Found(GOOD, f"ClickHouse reads {self._settings.objects_url}: the {rows:,} events of the newest batch")
 
     def _gateway(self) -> Found:
         host = self._settings.gateway_host if self._settings.gateway_host != "0.0.0.0" else "127.0.0.1"  # noqa: S104

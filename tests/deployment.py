@@ -29,6 +29,8 @@ SYSTEMD, KUBERNETES = DEPLOY / "systemd", DEPLOY / "kubernetes"
 HOME = "/opt/render-platform"
 PARTS = ("clickhouse", "gateway", "dagster-webserver", "dagster-daemon")
 """The services that go on running, in the order of their start."""
+CONTAINED = PARTS[1:]
+"""Those that run in containers, with a ClickHouse server in the place of the embedded one."""
 
 
 @dataclass(frozen=True)

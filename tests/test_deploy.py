@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from render_platform import __version__
@@ -21,6 +24,7 @@ from render_platform.gateway.scheduling import LANES
 from resources.local import DAGSTER_YAML
 from tests.deployment import (
     CHECKOUT,
+    CONTAINED,
     DEPLOY,
     HOME,
     KUBERNETES,
@@ -41,8 +45,6 @@ from tests.deployment import (
 )
 from tests.gateway.http import CHAT, CHAT_PATH, occupied, running
 
-CONTAINED = ("gateway", "dagster-webserver", "dagster-daemon")
-"""The parts that compose starts: it has a ClickHouse server in the place of the embedded one."""
 SCRAPED = {"instance", "job"}
 """Labels that Prometheus adds."""
 SECRET = re.compile(r"password|secret|token|_key|dsn|smtp_url|alert_(webhook|slack)", re.IGNORECASE)
@@ -110,13 +112,10 @@ def test_dagster_gets_the_settings_that_up_gives_it() -> None:
 
 def test_all_forms_start_the_same_commands() -> None:
     containers = {one["name"]: one["command"] for one in pod()["containers"]}
-    assert list(containers) == list(PARTS)
-    for part in PARTS:
-        of_unit = command_in_words(part)
-        assert [word for word in containers[part] if word not in ("--port", "8123")] == of_unit
-        if part in CONTAINED:
-            command = compose()["services"][part]["command"]
-            assert [word.replace("0.0.0.0", "127.0.0.1") for word in command] == of_unit
+    assert list(containers) == list(CONTAINED)
+    for part in CONTAINED:
+        command = compose()["services"][part]["command"]
+        assert [word.replace("0.0.0.0", "127.0.0.1") for word in command] == command_in_words(part) == containers[part]
     prepare = [pod()["initContainers"][0]["command"], compose()["services"]["prepare"]["command"]]
     assert prepare == [["deploy/prepare.sh"]] * 2
     assert service("prepare").one("Service", "ExecStart") == f"{HOME}/deploy/prepare.sh"
@@ -139,7 +138,7 @@ def test_a_service_is_confined_and_stops_in_order() -> None:
         before = {f"render-platform-{former}.service" for former in ("prepare", *PARTS[: min(number, 2)])}
         assert before <= one.words("Unit", "After")
         assert one.one("Unit", "PartOf") == "render-platform.target"
-        assert one.one("Service", "Restart") == "always"
+        assert one.one("Service", "Restart") == ("always" if part in CONTAINED else "no")
         assert one.one("Service", "RestartPreventExitStatus") == "2"
         for key, value in (("NoNewPrivileges", "yes"), ("ProtectSystem", "strict"), ("KillSignal", "SIGTERM")):
             assert one.one("Service", key) == value
@@ -147,6 +146,22 @@ def test_a_service_is_confined_and_stops_in_order() -> None:
         assert ENV_FILE["RENDER_PLATFORM_STATE_DIR"].startswith(state)
         user = one.one("Service", "User")
         assert f"u {user} " in (SYSTEMD / "sysusers.conf").read_text()
+
+
+def test_where_the_embedded_clickhouse_fails_all_parts_start_again() -> None:
+    """While it is away another part may take its folder, and keep it: `up` ends all parts for the same reason."""
+    [again] = service("clickhouse").all("Unit", "OnFailure")
+    text = (SYSTEMD / again).read_text()
+    assert "systemctl restart --no-block render-platform.target" in text
+    assert not again.startswith("render-platform-"), "it is root's, and no part of what it stops"
+
+
+@pytest.mark.parametrize(
+    ("dsn", "code"), [("", 0), ("chdb:///elsewhere", 0), ("http://u:p@h:8123", 1), ("https://u:p@h:8443", 1)]
+)
+def test_the_embedded_clickhouse_is_left_out_where_a_server_is_named(dsn: str, code: int) -> None:
+    line = service("clickhouse").one("Service", "ExecCondition").replace("${RENDER_PLATFORM_CLICKHOUSE_DSN}", dsn)
+    assert subprocess.run(shlex.split(line), check=False).returncode == code
 
 
 # Containers.
@@ -218,6 +233,8 @@ def test_the_pod_is_one_and_its_parts_fit_together() -> None:
     assert load(KUBERNETES / "network-policy.yaml")["spec"]["podSelector"]["matchLabels"] == labels
     config = load(KUBERNETES / "config.yaml")
     assert config["data"]["render-platform.toml"] == (DEPLOY / "render-platform.toml").read_text()
+    server = list(yaml.safe_load_all((KUBERNETES / "clickhouse.yaml").read_text()))
+    assert server[0]["spec"]["selector"].items() <= server[1]["spec"]["template"]["metadata"]["labels"].items()
     assert pod()["volumes"][0]["configMap"]["name"] == config["metadata"]["name"]
 
 

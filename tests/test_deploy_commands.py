@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from render_platform.clickhouse_connection import FolderLock
 from render_platform.up import answers
 from tests.commands import clean_environment
-from tests.deployment import CHECKOUT, DEPLOY, HOME, PARTS, environment_file, service
+from tests.deployment import CHECKOUT, CONTAINED, DEPLOY, HOME, PARTS, environment_file, service
 from tests.gateway.http import CHAT, CHAT_PATH, Client
 
 READY_S = 120
@@ -47,11 +48,11 @@ def told(tmp_path: Path) -> dict[str, str]:
     return {**clean_environment(), **delivered, **ports, "PATH": path}
 
 
-def command(part: str, told: dict[str, str]) -> list[str]:
-    """ExecStart, with this checkout in the place of the installed one, and variables as systemd fills them in."""
-    line = service(part).one("Service", "ExecStart").replace(f"{HOME}/.venv/bin", str(Path(sys.executable).parent))
+def command(part: str, told: dict[str, str], key: str = "ExecStart") -> list[str]:
+    """With this checkout in the place of the installed one, and variables as systemd fills them in."""
+    line = service(part).one("Service", key).replace(f"{HOME}/.venv/bin", str(Path(sys.executable).parent))
     line = re.sub(r"\$\{(\w+)\}", lambda match: told[match[1]], line.replace(HOME, str(CHECKOUT)))
-    return line.split()
+    return shlex.split(line)
 
 
 class Started:
@@ -105,33 +106,31 @@ def healthy(told: dict[str, str]) -> bool:
 def test_the_parts_start_in_order_work_and_stop_when_they_are_asked(told: dict[str, str], tmp_path: Path) -> None:
     state = Path(told["RENDER_PLATFORM_STATE_DIR"])
     gateway, dagster = (f"http://127.0.0.1:{told[f'RENDER_PLATFORM_{name}_PORT']}" for name in ("GATEWAY", "DAGSTER"))
-    for _ in range(2):  # it may run at every start
-        subprocess.run(command("prepare", told), cwd=CHECKOUT, env=told, check=True, timeout=READY_S)
+    subprocess.run(command("prepare", told), cwd=CHECKOUT, env=told, check=True, timeout=READY_S)
     assert (state / "dagster/dagster.yaml").read_text() == (DEPLOY / "dagster.yaml").read_text()
     assert state.stat().st_mode & 0o077 == 0
     ready: dict[str, Callable[[], object]] = {
-        "clickhouse": FolderLock.url_file(state / "clickhouse").exists,
         "gateway": lambda: answers(gateway, "/ready"),
         "dagster-webserver": lambda: answers(dagster, "/server_info"),
         "dagster-daemon": lambda: healthy(told),
     }
+    FolderLock.url_file(state / "clickhouse").write_text("http://127.0.0.1:1")  # of one that was killed
     with ExitStack() as stack:
-        parts = {}
-        for part in PARTS:
+        for key in ("ExecCondition", "ExecStartPre"):
+            told_all = {"RENDER_PLATFORM_CLICKHOUSE_DSN": "", **told}
+            subprocess.run(command("clickhouse", told_all, key), check=True, timeout=READY_S)
+        parts = {"clickhouse": stack.enter_context(started("clickhouse", told, tmp_path))}
+        subprocess.run(command("clickhouse", told, "ExecStartPost"), check=True, timeout=READY_S)
+        for part in CONTAINED:  # systemd starts one when the process of the one before runs
             parts[part] = stack.enter_context(started(part, told, tmp_path))
-            if part == "gateway":
-                parts["gateway"].wait(ready["gateway"])
-                client = Client(int(told["RENDER_PLATFORM_GATEWAY_PORT"]))
-                assert client.post(CHAT_PATH, CHAT).status == 200
-            elif part == "clickhouse":
-                parts["clickhouse"].wait(ready["clickhouse"])
-        for part in PARTS[2:]:  # systemd starts these two together
+        for part in CONTAINED:
             parts[part].wait(ready[part])
+        client = Client(int(told["RENDER_PLATFORM_GATEWAY_PORT"]))
+        assert client.post(CHAT_PATH, CHAT).status == 200
         codes = {part: parts[part].stop() for part in reversed(PARTS)}
-        assert {codes[part] for part in ("gateway", "clickhouse")} == {0}, codes
+        assert set(codes.values()) == {0}, codes
         assert not answers(gateway, "/health")
         assert not FolderLock.url_file(state / "clickhouse").exists()
-        print(codes)
 
 
 def test_wrong_usage_ends_with_the_code_that_is_not_tried_again(told: dict[str, str], tmp_path: Path) -> None:

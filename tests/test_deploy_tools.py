@@ -100,7 +100,7 @@ def test_hadolint_has_nothing_to_say_of_the_containerfile(tmp_path: Path) -> Non
 def test_kubernetes_takes_the_manifests(version: str, tmp_path: Path) -> None:
     program = tool("kubernetes-validate", "kubernetes-validate==1.37.0") / "kubernetes-validate"
     files = sorted(KUBERNETES.glob("*.yaml"))
-    assert len(files) == 4
+    assert len(files) == 5
     must_pass(program, "--strict", "-k", version, *files)
     wrong: dict[str, Any] = yaml.safe_load((KUBERNETES / "service.yaml").read_text())
     wrong["spec"]["selektor"] = {}
@@ -130,7 +130,7 @@ def analyze(units: Path, *command: object) -> tuple[object, ...]:
 
 def test_systemd_takes_the_units(units: Path) -> None:
     files = sorted([*units.glob("*.service"), *units.glob("*.target")])
-    assert len(files) == 6
+    assert len(files) == 7
     said = must_pass(*analyze(units, "verify", "--man=no", *files))
     assert str(units) not in said, said
     assert "render-platform" not in said, said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import stat
 import subprocess
@@ -87,11 +88,17 @@ def test_an_old_database_with_a_newer_log_is_recovered(state: Path, tmp_path: Pa
 
 
 def test_a_backup_while_the_log_grows_verifies(state: Path, tmp_path: Path) -> None:
+    """With so many objects that entries are logged while they are copied: another order of copying is found out."""
+    for number in range(5_000):
+        name = hashlib.sha256(str(number).encode()).hexdigest()
+        orphan = state / "blobs/sha256" / name[:2] / name[2:]
+        orphan.parent.mkdir(parents=True, exist_ok=True)
+        orphan.write_text(str(number))
     stop = threading.Event()
 
     def work() -> None:
         with closing(make_platform(state, ManualClock(START_US + 9_000_000), seed=4)) as platform:
-            for number in range(100):
+            for number in range(1_000):
                 record_random(platform, 3, 100 + number)
                 platform.flush()
                 if stop.is_set():

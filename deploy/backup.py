@@ -7,6 +7,7 @@ copy: an earlier backup in FOLDER stays whole until the new one is. Keys are not
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -28,23 +29,28 @@ def copy_file(source: Path, target: Path) -> None:
     made.replace(target)
 
 
+def is_superseded(tile: Path) -> bool:
+    """A partial tile, 067.p/8, whose full one, 067, stands beside it: readers do without."""
+    return tile.parent.suffix == ".p" and tile.parent.with_suffix("").exists()
+
+
 def copy_new(source: Path, target: Path) -> int:
     """The files below `source` that `target` lacks: none ever changes. One that goes meanwhile is left out."""
     count = 0
     for path in sorted(source.rglob("*")):
-        to = target / path.relative_to(source)
-        if path.is_file() and not to.exists() and not path.name.startswith("."):
+        name = path.relative_to(source)
+        to = target / name
+        if path.is_file() and not to.exists() and not name.parts[0].startswith(".") and not is_superseded(to):
             try:
                 copy_file(path, to)
-            except FileNotFoundError:  # a partial tile whose full one stands
+            except FileNotFoundError:  # deleted since: a partial tile, an object that nothing names
                 continue
             count += 1
     return count
 
 
 def back_up(state: Path, folder: Path) -> str:
-    """Copy; what was copied, in words."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Copy into `folder`, which stands, and which nobody else writes to; what was copied, in words."""
     database, log = folder / "platform.db.new", state / "log"
     database.unlink(missing_ok=True)
     with (
@@ -56,6 +62,7 @@ def back_up(state: Path, folder: Path) -> str:
     checkpoint = (log / "checkpoint").read_bytes() if (log / "checkpoint").exists() else None
     tiles = copy_new(log / "tile", folder / "log/tile") if checkpoint is not None else 0
     blobs = copy_new(state / "blobs", folder / "blobs") if (state / "blobs").exists() else 0
+    os.sync()  # the names, too
     if checkpoint is not None:  # all that it covers is here: now it may say so
         held = folder / "checkpoint.new"
         held.write_bytes(checkpoint)
@@ -63,6 +70,8 @@ def back_up(state: Path, folder: Path) -> str:
         held.unlink()
     database.chmod(0o600)
     database.replace(folder / "platform.db")
+    for tile in [path for path in (folder / "log/tile").rglob("*.p/*") if is_superseded(path)]:
+        tile.unlink()
     return f"platform.db, {tiles} new tiles, {blobs} new objects, in {folder}"
 
 
@@ -71,4 +80,11 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or not state_dir or not (Path(state_dir) / "platform.db").exists():
         sys.exit(f"{USAGE}; the state folder must hold a platform.db")
     os.umask(0o077)
-    print(back_up(Path(state_dir), Path(sys.argv[1])))  # noqa: T201
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    only = os.open(target, os.O_RDONLY)
+    try:
+        fcntl.flock(only, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"another backup into {target} runs: let it finish")
+    print(back_up(Path(state_dir), target))  # noqa: T201

@@ -143,12 +143,12 @@ def slug(heading: str) -> str:
 # Tools.
 
 
-def tool(name: str, requirement: str) -> Path:
-    """A program of a package, in an environment of its own."""
+def tool(name: str, *requirements: str) -> Path:
+    """The programs of a package, in an environment of its own."""
     if os.environ.get("RENDER_TEST_SERVERS") == "no":
         pytest.skip(f"{name} NOT RUN: RENDER_TEST_SERVERS=no")
     try:
-        return environment(name, [requirement]) / "bin"
+        return environment(name, requirements) / "bin"
     except CannotInstall as error:
         pytest.skip(f"{name} NOT RUN: it cannot be installed here: {error}")
 

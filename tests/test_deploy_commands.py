@@ -103,34 +103,64 @@ def healthy(told: dict[str, str]) -> bool:
     return done.returncode == 0 and "off" not in re.findall(r"\w+", done.stdout)
 
 
-def test_the_parts_start_in_order_work_and_stop_when_they_are_asked(told: dict[str, str], tmp_path: Path) -> None:
-    state = Path(told["RENDER_PLATFORM_STATE_DIR"])
+def start_all(stack: ExitStack, told: dict[str, str], folder: Path) -> dict[str, Started]:
+    """In the order that the units have; all are ready."""
     gateway, dagster = (f"http://127.0.0.1:{told[f'RENDER_PLATFORM_{name}_PORT']}" for name in ("GATEWAY", "DAGSTER"))
-    subprocess.run(command("prepare", told), cwd=CHECKOUT, env=told, check=True, timeout=READY_S)
-    assert (state / "dagster/dagster.yaml").read_text() == (DEPLOY / "dagster.yaml").read_text()
-    assert state.stat().st_mode & 0o077 == 0
     ready: dict[str, Callable[[], object]] = {
         "gateway": lambda: answers(gateway, "/ready"),
         "dagster-webserver": lambda: answers(dagster, "/server_info"),
         "dagster-daemon": lambda: healthy(told),
     }
+    subprocess.run(command("prepare", told), cwd=CHECKOUT, env=told, check=True, timeout=READY_S)
+    for key in ("ExecCondition", "ExecStartPre"):
+        told_all = {"RENDER_PLATFORM_CLICKHOUSE_DSN": "", **told}
+        subprocess.run(command("clickhouse", told_all, key), check=True, timeout=READY_S)
+    parts = {"clickhouse": stack.enter_context(started("clickhouse", told, folder))}
+    subprocess.run(command("clickhouse", told, "ExecStartPost"), check=True, timeout=READY_S)
+    for part in CONTAINED:  # systemd starts one when the process of the one before runs
+        parts[part] = stack.enter_context(started(part, told, folder))
+    for part in CONTAINED:
+        parts[part].wait(ready[part])
+    return parts
+
+
+def stop_all(parts: dict[str, Started], told: dict[str, str]) -> None:
+    codes = {part: parts[part].stop() for part in reversed(PARTS)}
+    assert set(codes.values()) == {0}, codes
+    assert not answers(f"http://127.0.0.1:{told['RENDER_PLATFORM_GATEWAY_PORT']}", "/health")
+    assert not FolderLock.url_file(Path(told["RENDER_PLATFORM_STATE_DIR"]) / "clickhouse").exists()
+
+
+def test_the_parts_start_in_order_work_stop_when_they_are_asked_and_are_upgraded(
+    told: dict[str, str], tmp_path: Path
+) -> None:
+    """The second start is that of docs/upgrade.md: its commands run between, over what the first has left."""
+    state = Path(told["RENDER_PLATFORM_STATE_DIR"])
+    subprocess.run(command("prepare", told), cwd=CHECKOUT, env=told, check=True, timeout=READY_S)
+    assert (state / "dagster/dagster.yaml").read_text() == (DEPLOY / "dagster.yaml").read_text()
+    assert state.stat().st_mode & 0o077 == 0
     FolderLock.url_file(state / "clickhouse").write_text("http://127.0.0.1:1")  # of one that was killed
+    client = Client(int(told["RENDER_PLATFORM_GATEWAY_PORT"]))
     with ExitStack() as stack:
-        for key in ("ExecCondition", "ExecStartPre"):
-            told_all = {"RENDER_PLATFORM_CLICKHOUSE_DSN": "", **told}
-            subprocess.run(command("clickhouse", told_all, key), check=True, timeout=READY_S)
-        parts = {"clickhouse": stack.enter_context(started("clickhouse", told, tmp_path))}
-        subprocess.run(command("clickhouse", told, "ExecStartPost"), check=True, timeout=READY_S)
-        for part in CONTAINED:  # systemd starts one when the process of the one before runs
-            parts[part] = stack.enter_context(started(part, told, tmp_path))
-        for part in CONTAINED:
-            parts[part].wait(ready[part])
-        client = Client(int(told["RENDER_PLATFORM_GATEWAY_PORT"]))
+        parts = start_all(stack, told, tmp_path)
         assert client.post(CHAT_PATH, CHAT).status == 200
-        codes = {part: parts[part].stop() for part in reversed(PARTS)}
-        assert set(codes.values()) == {0}, codes
-        assert not answers(gateway, "/health")
-        assert not FolderLock.url_file(state / "clickhouse").exists()
+        run_upgrade("migrate --check", told)
+        stop_all(parts, told)
+        run_upgrade("dagster instance migrate", told)
+        run_upgrade("migrate", told)
+        parts = start_all(stack, told, tmp_path)
+        assert client.post(CHAT_PATH, CHAT).status == 200
+        for words in ("flush", "verify"):
+            run_upgrade(words, told)
+        stop_all(parts, told)
+
+
+def run_upgrade(words: str, told: dict[str, str]) -> None:
+    """A command of the page."""
+    line = words if words.startswith("dagster ") else f"render-platform {words}"
+    assert f"`{line}`" in (CHECKOUT / "docs/upgrade.md").read_text()
+    done = subprocess.run(line.split(), env=told, cwd=CHECKOUT, capture_output=True, text=True, timeout=READY_S)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_wrong_usage_ends_with_the_code_that_is_not_tried_again(told: dict[str, str], tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import subprocess
 import sysconfig
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +28,7 @@ from render_platform import __version__
 from tests.commands import CHECKOUT, clean_environment
 from tests.deployment import DEPLOY, KUBERNETES, must_fail, must_pass, pod, tool
 from tests.gateway.servers import free_port
-from tests.test_dagster_flushers import BATCH_ROWS, check_flushed, make_state, worked_at_once
+from tests.test_dagster_flushers import BATCH_ROWS, check_flushed, flushes_of, make_state, worked_at_once
 from tests.test_deploy_tools import KUBERNETES_VERSIONS
 
 BASE: dict[str, Any] = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
@@ -210,8 +209,8 @@ def ask_for_flushes(count: int, env: Mapping[str, str]) -> None:
     assert [one.wait(RUNS_S) for one in asked] == [0] * count
 
 
-def statuses(instance: dg.DagsterInstance) -> Counter[dg.DagsterRunStatus]:
-    return Counter(run.status for run in instance.get_runs())
+def starting(instance: dg.DagsterInstance) -> int:
+    return sum(one.dagster_run.status == dg.DagsterRunStatus.STARTING for one in flushes_of(instance))
 
 
 def test_flushes_run_as_celery_tasks_at_once(programs: Path, state: Path, tmp_path: Path) -> None:
@@ -229,12 +228,12 @@ def test_flushes_run_as_celery_tasks_at_once(programs: Path, state: Path, tmp_pa
         stack.enter_context(started(["dagster-daemon", "run", "-w", "workspace.yaml"], env, tmp_path / "daemon.log"))
         instance = stack.enter_context(dg.DagsterInstance.from_config(str(state / "dagster")))
         ask_for_flushes(2, env)
-        wait_for(lambda: statuses(instance)[dg.DagsterRunStatus.STARTING] >= 2, tmp_path)
+        wait_for(lambda: starting(instance) >= 2, tmp_path)
         stack.enter_context(started(worker.split(), env, tmp_path / "worker.log"))
-        wait_for(lambda: all(run.is_finished for run in instance.get_runs()), tmp_path)
+        wait_for(lambda: all(one.dagster_run.is_finished for one in flushes_of(instance)), tmp_path)
         check_flushed(state, instance)
         assert worked_at_once(instance)
-        assert all("celery" in str(run.tags) for run in instance.get_runs())
+        assert all("celery" in str(one.dagster_run.tags) for one in flushes_of(instance))
 
 
 class Cluster(ThreadingHTTPServer):
@@ -331,11 +330,11 @@ def test_a_flush_runs_as_a_kubernetes_job(programs: Path, state: Path, tmp_path:
         stack.enter_context(started(["dagster-daemon", "run", "-w", "workspace.yaml"], env, tmp_path / "daemon.log"))
         instance = stack.enter_context(dg.DagsterInstance.from_config(str(state / "dagster")))
         ask_for_flushes(1, env)
-        wait_for(lambda: jobs.jobs, tmp_path)
-        wait_for(lambda: all(run.is_finished for run in instance.get_runs()), tmp_path)
+        wait_for(lambda: jobs.jobs and flushes_of(instance), tmp_path)
+        wait_for(lambda: all(one.dagster_run.is_finished for one in flushes_of(instance)), tmp_path)
         check_flushed(state, instance)
     program = tool("kubernetes-validate", "kubernetes-validate==1.37.0") / "kubernetes-validate"
-    job = next(iter(jobs.jobs.values()))
+    job = next(one for one in jobs.jobs.values() if one["metadata"]["labels"]["dagster/job"] == "flush")
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     for version in KUBERNETES_VERSIONS:
         must_pass(program, "--strict", "-k", version, tmp_path / "job.yaml")

@@ -98,7 +98,7 @@ def test_flushes_of_the_multiprocess_executor_at_once_make_one_log(tmp_path: Pat
             for _ in range(FLUSHERS)
         ]
         try:
-            assert [run.wait(300) for run in runs] == [0] * FLUSHERS
+            assert [run.wait(600) for run in runs] == [0] * FLUSHERS
         finally:
             for run in runs:
                 run.kill()

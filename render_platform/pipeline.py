@@ -31,6 +31,7 @@ from render_platform.evidence import Evidence, Progress, Verification
 from render_platform.hours import Hours, entries_of_hour, mark_dirty
 from render_platform.keyring import Keyring, Pinned, open_signers, settle_key_files
 from render_platform.note import Checkpoint, Signer, Verifier, load_or_create_key
+from render_platform.objects import ObjectStore
 from render_platform.outbox import LIVE, Outbox
 from render_platform.reconciler import DuckDB, Evidenced, Reconciler, RepairOutcome
 from render_platform.reconciliation import HourReport
@@ -50,14 +51,24 @@ class LogState:
 
 
 class Platform:
-    def __init__(self, settings: Settings, clock: Clock, ids: Ids, duckdb_connect: DuckDB = duckdb.connect) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        ids: Ids,
+        duckdb_connect: DuckDB = duckdb.connect,
+        *,
+        database: Database | None = None,
+        stores: tuple[ObjectStore, ObjectStore] | None = None,
+    ) -> None:
+        """`database` and `stores` (the blobs', the log's) stand in for those that the settings name."""
         self.settings = settings
         self.clock = clock
         self.ids = ids
         self._duckdb_connect = duckdb_connect
         _make_state_folder(settings.state_dir)
-        self.database = open_sqlite(settings.database_path)
-        self.blobs, self.log_objects = open_objects(settings, ids)
+        self.database = database or open_sqlite(settings.database_path)
+        self.blobs, self.log_objects = stores or open_objects(settings, ids)
         self.cas = Cas(self.blobs)
         keys = RoleKeys(settings, self.database, self.cas)
         signers = keys.signers("checkpoint", settings.checkpoint_signer, _origin(ids))

@@ -31,7 +31,7 @@ from render_platform.evidence import Evidence, Progress, Verification
 from render_platform.hours import Hours, entries_of_hour, mark_dirty
 from render_platform.keyring import Keyring, Pinned, open_signers, settle_key_files
 from render_platform.note import Checkpoint, Signer, Verifier, load_or_create_key
-from render_platform.objects import ObjectStore
+from render_platform.objects import ObjectStore, make_folders, sync_folder
 from render_platform.outbox import LIVE, Outbox
 from render_platform.reconciler import DuckDB, Evidenced, Reconciler, RepairOutcome
 from render_platform.reconciliation import HourReport
@@ -229,9 +229,12 @@ def open_platform(
 
 
 def _make_state_folder(folder: Path) -> None:
-    """Its owner's alone: the database holds customers' ids and salts."""
+    """Its owner's alone: the database holds customers' ids and salts. Durable, like what is accepted into it."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.is_dir():
+            make_folders(folder.parent)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(folder.parent)
     except OSError as error:
         raise UsageError(f"{folder} cannot be a state folder: {error.strerror}", "give --state a folder") from error
 

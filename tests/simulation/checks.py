@@ -104,10 +104,11 @@ def _check_by_library(story: Story) -> None:
 
 def _check_verdicts(story: Story) -> None:
     """Unknown is not zero: what could not be read was never called equal, nor different."""
-    for hour, status, equal, struck in story.told.verdicts:
-        wrong = (status == "reconciled" and not equal) or (status == "discrepant" and equal)
-        require(not wrong, f"hour {hour} was called {status}, and the sides were {'equal' if equal else 'different'}")
-        require(struck or status != "unavailable", f"hour {hour} was called unavailable, and nothing had struck")
+    for one in story.told.verdicts:
+        final = one.status in ("reconciled", "discrepant")
+        require(not final or one.equal == (one.status == "reconciled"), f"a wrong verdict: {one}")
+        require(not final or one.events == one.known, f"a verdict on other events than there were: {one}")
+        require(one.struck or one.status != "unavailable", f"unavailable, and nothing had struck: {one}")
 
 
 def _check_secrets(story: Story) -> None:

@@ -20,6 +20,7 @@ from render_platform.database import log_entries, log_head, usage_events
 from render_platform.entries import AuditEntry
 from render_platform.errors import Unavailable
 from render_platform.objects import FolderObjects
+from render_platform.reconciliation import HourReport, build_report
 from render_platform.sealing import Delivery, Sealer
 
 
@@ -138,15 +139,11 @@ def unnamed_batch() -> Iterator[None]:
 @contextmanager
 def unknown_is_zero() -> Iterator[None]:
     """A side that cannot be read counts as empty; two of them are equal."""
-    read = reconciler.Reconciler._read
 
-    def read_or_nothing(self: reconciler.Reconciler, *of: Any) -> reconciler.Reading:
-        try:
-            return read(self, *of)
-        except Unavailable:
-            return [], {}
+    def nothing(hour_us: int, revision: int, threshold_ppm: int, closed_until: int, _error: str) -> HourReport:
+        return build_report(hour_us, revision, threshold_ppm, [], closed_until, [], {})
 
-    with mock.patch.object(reconciler.Reconciler, "_read", read_or_nothing):
+    with mock.patch.object(reconciler, "unavailable_report", nothing):
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from render_platform.audit_log import CHECKPOINT
@@ -23,6 +23,18 @@ from tests.simulation.sql import Template
 from tests.simulation.world import Crash, Process, Violation, World
 
 
+class Verdict(NamedTuple):
+    """What a reconciliation said of an hour, and what was so."""
+
+    hour_us: int
+    status: str
+    events: int
+    known: int
+    """How many events it spoke of, and how many there were."""
+    equal: bool
+    struck: bool
+
+
 @dataclass
 class Told:
     """What the outside knows."""
@@ -36,8 +48,7 @@ class Told:
     checkpoints: list[bytes] = field(default_factory=list)
     """Each checkpoint that anybody could read, ever."""
     errors: list[str] = field(default_factory=list)
-    verdicts: list[tuple[int, str, bool, bool]] = field(default_factory=list)
-    """Hour, status, whether the sides were equal, whether anything had struck."""
+    verdicts: list[Verdict] = field(default_factory=list)
 
 
 @dataclass
@@ -61,7 +72,7 @@ class Stage:
         self.disk.on_change = self._see
         for bucket in self.buckets:
             bucket.on_change = self._see
-        self.fast = FakeClickHouse(world) if rng.random() < 0.12 else None
+        self.fast = FakeClickHouse(world) if rng.random() < 0.08 else None
         self.two_writers = rng.random() < 0.6
         self.restored = self.behind = False
         """Whether an older database was put into its place; and whether the log knows more than that one still."""

@@ -78,8 +78,8 @@ class World:
         self.kinds = [kind for kind in STRIKES if self.story.random() < 0.6] or [KILL]
         self._gaps = {
             "strike": self.story.choice((8, 15, 30, 80)),
-            "read": self.story.choice((20, 80, 300, 10**9)),
-            "other": self.story.choice((5, 15, 40, 10**9)),
+            "read": self.story.choice((15, 60, 200, 10**9)),
+            "other": self.story.choice((4, 10, 25, 100)),
         }
         self._next = {name: self._gap(name) for name in self._gaps}
         self._trace = hashlib.blake2b(digest_size=16)

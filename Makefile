@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week test test-ui fuzz audit sbom test-postgres test-scale check lint types imports lock clean
+.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week sim test test-ui fuzz audit sbom test-postgres test-scale check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -37,6 +37,10 @@ bench-reconcile: $(READY)  ## the verdict on an hour beside the bare engines and
 
 bench-week: $(READY)  ## a week of load, compressed: what storage and memory become (an hour)
 	$(BIN)/python -m benchmarks.week --write
+
+SEEDS ?= 1000
+sim: $(READY)  ## the whole pipeline simulated: SEED=7 one seed, step by step; SEEDS=10000 so many, from FIRST on
+	PYTHONHASHSEED=0 $(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --first $(or $(FIRST),0))
 
 test: check  ## everything that must pass
 	$(BIN)/python -m pytest

@@ -92,11 +92,13 @@ class FolderObjects:
         self._root = root
         self._ids = ids or SystemIds()
         self._files = fsspec.filesystem("file", skip_instance_cache=True)
+        self._durable: set[Path] = set()
+        """Folders whose names were synced by this process, up to the root's."""
 
     def create(self, path: str, data: bytes) -> bool:
         target = self._root / path
         with _as_unavailable(target):
-            make_folders(target.parent)
+            self._make_folders(target.parent)
             scratch = self._write_scratch(data)
             try:
                 # Crash before the link: a scratch file that nothing names. After it: the whole object stands.
@@ -140,7 +142,7 @@ class FolderObjects:
             return
         with os.scandir(folder) as entries:
             for entry in entries:
-                path = Path(entry.path)
+                path = folder / entry.name
                 if entry.is_dir(follow_symlinks=False):
                     if path != self._root / _SCRATCH:
                         yield from self._walk(path)
@@ -177,9 +179,20 @@ class FolderObjects:
             sync_folder(target.parent)
         return True
 
+    def _make_folders(self, folder: Path) -> None:
+        """Durable up to the root. A folder that stands is synced too, once: who made it may have died before that."""
+        if folder in self._durable and folder.exists():
+            return
+        make_folders(folder)
+        for one in (folder, *folder.parents):
+            sync_folder(one.parent)
+            self._durable.add(one)
+            if one == self._root:
+                break
+
     def _write_scratch(self, data: bytes) -> Path:
         folder = self._root / _SCRATCH
-        make_folders(folder)
+        self._make_folders(folder)
         scratch = folder / self._ids.random(8).hex()
         try:
             with scratch.open("xb") as file:
@@ -193,7 +206,7 @@ class FolderObjects:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        make_folders(self._root / _SCRATCH)
+        self._make_folders(self._root / _SCRATCH)
         with (self._root / _SCRATCH / "lock").open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -32,6 +32,7 @@ from render_platform.evidence import Evidence, Progress, Verification
 from render_platform.hours import Hours, entries_of_hour, mark_dirty
 from render_platform.keyring import Keyring, Pinned, open_signers, settle_key_files
 from render_platform.note import Checkpoint, Signer, Verifier, load_or_create_key
+from render_platform.objects import ObjectStore, make_folders, sync_folder
 from render_platform.outbox import LIVE, Outbox
 from render_platform.reconciler import DuckDB, Evidenced, Reconciler, RepairOutcome
 from render_platform.reconciliation import HourReport
@@ -51,14 +52,24 @@ class LogState:
 
 
 class Platform:
-    def __init__(self, settings: Settings, clock: Clock, ids: Ids, duckdb_connect: DuckDB = duckdb.connect) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        ids: Ids,
+        duckdb_connect: DuckDB = duckdb.connect,
+        *,
+        database: Database | None = None,
+        stores: tuple[ObjectStore, ObjectStore] | None = None,
+    ) -> None:
+        """`database` and `stores` (the blobs', the log's) stand in for those that the settings name."""
         self.settings = settings
         self.clock = clock
         self.ids = ids
         self._duckdb_connect = duckdb_connect
         _make_state_folder(settings.state_dir)
-        self.database = open_database(settings.database)
-        self.blobs, self.log_objects = open_objects(settings, ids)
+        self.database = database or open_database(settings.database)
+        self.blobs, self.log_objects = stores or open_objects(settings, ids)
         self.cas = Cas(self.blobs)
         keys = RoleKeys(settings, self.database, self.cas)
         signers = keys.signers("checkpoint", settings.checkpoint_signer, _origin(ids))
@@ -220,9 +231,12 @@ def open_platform(
 
 
 def _make_state_folder(folder: Path) -> None:
-    """Its owner's alone: the database holds customers' ids and salts."""
+    """Its owner's alone: the database holds customers' ids and salts. Durable, like what is accepted into it."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.is_dir():
+            make_folders(folder.parent)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            sync_folder(folder.parent)
     except OSError as error:
         raise UsageError(f"{folder} cannot be a state folder: {error.strerror}", "give --state a folder") from error
 

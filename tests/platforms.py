@@ -293,7 +293,7 @@ def _check_order(entries: Sequence[dict[str, Any]], rows: Sequence[Row]) -> None
         seqs[hour] += 1
         sums[lane, hour][0] += entry["records"]
         sums[lane, hour][1] += entry["gpu_time_ns"]
-    for declared in hours.values():
+    for declared in filter(None, hours.values()):
         assert declared == list(range(declared[0], declared[-1] + 1, HOUR_US))
     assert sum(records for records, _ in sums.values()) == len(rows)
 

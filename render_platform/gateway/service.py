@@ -60,7 +60,7 @@ KINDS: dict[str, BackendFactory] = {
 }
 EXPIRED_AT_ONCE = 100
 RECOVERED_AT_ONCE = 100
-RENEW_AGAIN_S, MAX_RENEWAL_S = 1.0, 3_600.0
+RENEW_AGAIN_S = 1.0
 HEED_S = 1.0
 """How often a gateway asks what others have left to it, and were told to cancel."""
 _log = structlog.get_logger()
@@ -286,7 +286,7 @@ class Gateway:
             try:
                 if self.lease.lasts_s <= 0:
                     raise WriterEnded("the gateway's lease has run out", "see why the database took no write")
-                async with asyncio.timeout(min(self.lease.lasts_s, MAX_RENEWAL_S)):
+                async with asyncio.timeout(self.lease.lasts_s if self.lease.shared else None):
                     self.buckets.sharing = await self.writer.submit(Do(self._renew))
                 self.lease.renewed(asked_s)
                 wait_s = pause_s

@@ -106,14 +106,18 @@ class Template:
             world.read("begin to read", _locked)
 
     def _commit(self, connection: sa.Connection) -> None:
-        if (world := self.world) is None or not sql._writes(connection):
+        if (world := self.world) is None or not _writes(connection):
             return
         world.write("commit", connection.connection.dbapi_connection.commit, _failed)  # type: ignore[union-attr]
         world.writing = 0
 
     def _rollback(self, connection: sa.Connection) -> None:
-        if self.world is not None and sql._writes(connection):
+        if self.world is not None and _writes(connection):
             self.world.writing = 0
+
+
+def _writes(connection: sa.Connection) -> bool:
+    return bool(connection.get_execution_options().get("writes", True))
 
 
 def _locked(kind: str) -> Exception:

@@ -23,7 +23,7 @@ FIXED = range(150)
 RANDOM = 100
 SEARCHED = 500
 """Within so many seeds each planted bug has to be found."""
-FOUND_AT = {"forked_head": 0}
+FOUND_AT = {"lost_delivery_mark": 25, "stolen_head": 175}
 """Where the search may begin, so that it is short: it goes on from there through all the others."""
 
 

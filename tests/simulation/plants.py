@@ -12,7 +12,7 @@ from unittest import mock
 
 import sqlalchemy as sa
 
-from render_platform import merkle, objects, reconciler
+from render_platform import merkle, objects
 from render_platform.audit_log import AuditLog, Mark
 from render_platform.canonical import digest_of
 from render_platform.clock import HOUR_US
@@ -20,7 +20,6 @@ from render_platform.database import log_entries, log_head, usage_events
 from render_platform.entries import AuditEntry
 from render_platform.errors import Unavailable
 from render_platform.objects import FolderObjects
-from render_platform.reconciliation import HourReport, build_report
 from render_platform.sealing import Delivery, Sealer
 
 
@@ -136,17 +135,6 @@ def unnamed_batch() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def unknown_is_zero() -> Iterator[None]:
-    """A side that cannot be read counts as empty; two of them are equal."""
-
-    def nothing(hour_us: int, revision: int, threshold_ppm: int, closed_until: int, _error: str) -> HourReport:
-        return build_report(hour_us, revision, threshold_ppm, [], closed_until, [], {})
-
-    with mock.patch.object(reconciler, "unavailable_report", nothing):
-        yield
-
-
 PLANTS: dict[str, Callable[[], Any]] = {
     plant.__name__: plant
     for plant in (
@@ -157,6 +145,5 @@ PLANTS: dict[str, Callable[[], Any]] = {
         forked_head,
         stolen_head,
         unnamed_batch,
-        unknown_is_zero,
     )
 }

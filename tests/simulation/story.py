@@ -66,8 +66,8 @@ class Story(Stage):
             self._steps(some(3), self._flush_now, self._restore)
             self._steps(some(4))
         elif self.fast is not None:
-            self._steps(some(3), self._accept, self._flush_now, self._end_hour, self._flush_now)
-            self._steps(some(2), self._reconcile, self._reconcile)
+            self._steps(some(3), self._accept, self._flush_now, self._end_hour, self._flush_now, self._flush_now)
+            self._steps(some(2), self._flush_now, self._reconcile, self._reconcile, self._reconcile)
             self._steps(some(3))
         else:
             self._steps(some(*STEPS))

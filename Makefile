@@ -4,7 +4,7 @@ STATE ?= state
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo up bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week sim test test-ui fuzz audit sbom test-postgres test-scale check lint types imports lock clean
+.PHONY: help demo up bench bench-gateway bench-audit bench-receipts bench-reconcile bench-year bench-week sim test test-ui fuzz audit sbom test-postgres test-scale check lint types imports lock clean
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
 
@@ -19,6 +19,9 @@ demo: $(READY)  ## the main job, end to end, into STATE (default: state)
 
 up: $(READY)  ## gateway, ClickHouse bridge, Dagster and a sample load over STATE, in one terminal
 	$(BIN)/render-platform up --state $(STATE)
+
+bench: $(READY)  ## flushes beside their bare limit, on SQLite and PostgreSQL, folder and S3 (half an hour)
+	$(BIN)/python -m benchmarks.whole --write
 
 bench-gateway: $(READY)  ## the gateway against its limits and its peers (needs wrk and npm; some minutes)
 	$(BIN)/python -m benchmarks.gateway --write

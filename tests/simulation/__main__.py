@@ -22,13 +22,20 @@ def main() -> int:
         return int(bool(outcome.violation))
     began = time.monotonic()
 
+    told = 0
+
     def tell(figures: Figures) -> None:
+        nonlocal told
+        for one in figures.violations[told:]:
+            print(f"VIOLATION: make sim SEED={one.seed}: {one.violation}", flush=True)
+        told = len(figures.violations)
         if figures.seeds % 500 == 0 or figures.seeds == options.seeds:
-            print(f"{figures.seeds} seeds, {time.monotonic() - began:.0f} s, {len(figures.violations)} violations")
+            print(
+                f"{figures.seeds} seeds, {time.monotonic() - began:.0f} s, {len(figures.violations)} violations",
+                flush=True,
+            )
 
     figures = run_seeds(options.first, options.seeds, tell)
-    for one in figures.violations:
-        print(f"VIOLATION: make sim SEED={one.seed}: {one.violation}")
     seconds = time.monotonic() - began
     each = 1_000 * figures.cpu_s / max(1, figures.seeds)
     print(

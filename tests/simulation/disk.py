@@ -58,6 +58,11 @@ class Disk:
                         found[f"{at}/{name}"[len(folder) + 1 :]] = file.data
         return found
 
+    def remove(self, path: str) -> None:
+        """As an operator does, and nothing strikes."""
+        folder, _, name = path.rpartition("/")
+        del self._seen[folder][name]
+
     def sync_all(self) -> None:
         for folder, names in self._seen.items():
             self._platter[folder] = dict(names)

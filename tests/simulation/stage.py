@@ -16,6 +16,7 @@ from render_platform.note import claimed_checkpoint
 from render_platform.objects import ObjectStore
 from render_platform.outbox import Outbox
 from render_platform.pipeline import Platform
+from render_platform.tiles import needed_size, parse_path
 from tests.simulation.bucket import Bucket
 from tests.simulation.disk import Disk, DiskFolder
 from tests.simulation.fast import FakeClickHouse
@@ -166,6 +167,17 @@ class Stage:
         if f"log/{path}" not in files:
             raise Missing(path)
         return files[f"log/{path}"]
+
+    def remove_beyond(self, size: int) -> None:
+        """Delete the log's files that its published checkpoint does not cover."""
+        for name in self.objects():
+            path = name.removeprefix("log/")
+            tile = parse_path(path)
+            if tile is not None and needed_size(tile) > size:
+                if self.buckets:
+                    del self.buckets[1].objects[path]
+                else:
+                    self.disk.remove(f"/log/{path}")
 
     def logged(self, size: int) -> set[UUID]:
         """The events under the first entries of the log."""

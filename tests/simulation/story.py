@@ -246,9 +246,11 @@ class Story(Stage):
         self.world.note("the database was copied")
 
     def _restore(self, _slot: str) -> None:
-        """The database is lost, and its copy put into its place. The stores are as they are."""
-        self.disk.sync_all()
+        """The database is lost, and its copy put into its place. The stores are as they are, but for the files of a
+        head that was never published: an operator deletes them (docs/restore.md)."""
         size = self.published_size()
+        self.remove_beyond(size)
+        self.disk.sync_all()
         logged = self.logged(size)
         self.world.cut_power()
         self.template.put(self.template.folder / "copy.db")

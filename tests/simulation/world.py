@@ -25,7 +25,7 @@ LOST, KEPT, STALL, KILL, KILL_AFTER, POWER, POWER_AFTER, MEANWHILE = (
     "another process comes before it",
 )
 STRIKES = (LOST, KEPT, STALL, KILL, KILL_AFTER, POWER, POWER_AFTER)
-MAX_CALLS = 3_000
+MAX_CALLS = 8_000
 """Reads and writes of a seed. Beyond it something goes round in a circle."""
 START_US = 1_700_175_600_000_000 - 20 * 60 * US_PER_SECOND
 """2023-11-16T22:40:00Z: an hour, and later a day, ends in most seeds."""

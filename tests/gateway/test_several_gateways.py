@@ -280,21 +280,24 @@ def lease_of(database: Database, folder: Path, name: str, hand: Hand) -> Lease:
     return Lease(database, ManualClock(START_US), SeededIds(name), path, 600, steady_s=hand)
 
 
+def leave_a_job(database: Database, gateway_id: str) -> None:
+    """One that a gateway accepted in its first epoch, and whose lease has run out."""
+    ids: dict[str, Any] = dict.fromkeys(("job_id", "request_id", "request_digest"), b"x" * 16)
+    named = ("customer_ref", "pricing_tier", "lane", "model_name", "task", "state")
+    text: dict[str, Any] = dict.fromkeys(named, "queued")
+    numbers = dict.fromkeys(("epoch", "seq", "accepted_us", "deadline_us", "attempt"), 1)
+    with database.write() as connection:
+        connection.execute(jobs.insert().values(gateway_id=gateway_id, direct=False, **ids, **text, **numbers))
+        connection.execute(gateways.update().filter_by(gateway_id=gateway_id).values(lease_until_us=0))
+
+
 def test_nobody_takes_over_before_it_has_held_its_own_lease_for_one(url: str, tmp_path: Path) -> None:
     hand = Hand()
     with closing(open_database(url)) as database:
         dead, taker = (lease_of(database, tmp_path, name, hand) for name in ("dead", "taker"))
         (gateway_id, _), _ = dead.begin()
         taker.begin()
-        with database.write() as connection:
-            values = dict.fromkeys(("job_id", "request_id", "request_digest"), b"x" * 16)
-            text: dict[str, Any] = dict.fromkeys(
-                ("customer_ref", "pricing_tier", "lane", "model_name", "task", "state"), "queued"
-            )
-            values |= text
-            numbers = dict.fromkeys(("epoch", "seq", "accepted_us", "deadline_us", "attempt"), 1)
-            connection.execute(jobs.insert().values(gateway_id=gateway_id, direct=False, **values, **numbers))
-            connection.execute(gateways.update().filter_by(gateway_id=gateway_id).values(lease_until_us=0))
+        leave_a_job(database, gateway_id)
         for now_s, takes in ((599.0, False), (600.0, True)):
             hand.now_s = now_s
             taker.renewed(now_s)
@@ -318,3 +321,29 @@ def test_a_name_that_the_database_does_not_know_is_told(url: str, tmp_path: Path
     (tmp_path / "x.id").write_text("gw-unknown\n")
     with closing(open_database(url)) as database, pytest.raises(UsageError, match="does not know gw-unknown"):
         lease_of(database, tmp_path, "x", Hand()).begin()
+
+
+def test_what_was_taken_over_is_the_takers_after_its_crash(url: str, tmp_path: Path) -> None:
+    """The process dies before the commit of the takeover, or between it and the first of the jobs."""
+    hand = Hand()
+    with closing(open_database(url)) as database:
+        (gateway_id, _), _ = lease_of(database, tmp_path, "dead", hand).begin()
+        taker = lease_of(database, tmp_path, "taker", hand)
+        taker.begin()
+        leave_a_job(database, gateway_id)
+        hand.now_s = 600.0
+        taker.renewed(600.0)
+
+        def die_before_the_commit() -> None:
+            with database.write() as connection:
+                taker.take_over(connection)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            die_before_the_commit()
+        assert taker.mine() == []
+        with database.write() as connection:
+            taker.take_over(connection)
+        again = lease_of(database, tmp_path, "taker", hand)
+        assert again.begin().epoch.number == 2
+        assert again.mine() == [(gateway_id, 1)]

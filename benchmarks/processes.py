@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from render_platform.errors import Unavailable
 
@@ -123,3 +126,9 @@ def run_tool(
         said = " ".join((done.stderr or done.stdout)[-TAIL_CHARACTERS:].split())
         raise Unavailable(f"`{shown} …` failed with {done.returncode}: {said}", "run it by hand to see all of it")
     return done.stdout
+
+
+def run_apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` gives, in a process of its own: its peak memory and what it opens are its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()

@@ -12,7 +12,6 @@ the two tables as files. Exit codes: 0 measured, 1 a finding (a verdict that is 
 
 from __future__ import annotations
 
-import multiprocessing
 import platform
 import resource
 import shutil
@@ -21,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,8 @@ import pyarrow.parquet as pq
 
 from benchmarks.audit_subjects import FIRST_HOUR_US, make_table
 from benchmarks.machine import CHECKOUT, describe_machine, own_version
-from benchmarks.processes import run_tool
-from benchmarks.report import replace_section
+from benchmarks.processes import run_apart, run_tool
+from benchmarks.report import aim_line, aligned_table, replace_section
 from render_platform import batches, database
 from render_platform.cas import path_of
 from render_platform.clock import HOUR_US, US_PER_SECOND, WINDOW_US, ManualClock, SystemClock, iso
@@ -125,19 +123,14 @@ def run(plan: Plan, cache: Path, seed: int) -> Report:
     work = Path(tempfile.mkdtemp(prefix="reconcile-", dir=cache))
     try:
         _say(f"writing {plan.events:,} and {plan.compared:,} events into both stores")
-        _apart(write, work, plan, seed)
+        run_apart(write, work, plan, seed)
         _say("reconciling")
-        rows: list[Row] = _apart(measure, work, plan)
+        rows: list[Row] = run_apart(measure, work, plan)
         _say("comparing with datacompy")
         rows += [measure_peer(work, cache, plan, kind) for kind in PEERS]
         return Report(measured_at, plan, machine, collect_versions(), rows)
     finally:
         shutil.rmtree(work)
-
-
-def _apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
 
 
 # Both stores, filled.
@@ -319,21 +312,16 @@ def render(report: Report) -> str:
         "another pricing tier there; (e) reads the two tables from files, gives its report and the unequal rows, once."
     )
     bare = rows[SLOW].seconds + rows[FAST].seconds
-    ratios = [_aim(f"{OURS} / sum of (b)", rows[OURS].seconds / bare, 1.5, at_most=True)]
+    ratios = [aim_line(f"{OURS} / sum of (b)", rows[OURS].seconds / bare, 1.5, at_most=True)]
     ratios += [f"{OURS} / sum of (c): {rows[OURS].seconds / (rows[PLAIN_SLOW].seconds + rows[PLAIN_FAST].seconds):.2f}"]
     for peer in (rows[name] for name in PEERS.values() if rows[name].us):
-        ratios.append(_aim(f"{peer.name} / (d)", peer.seconds / rows[OURS_BAD].seconds, 5, at_most=False))
+        ratios.append(aim_line(f"{peer.name} / (d)", peer.seconds / rows[OURS_BAD].seconds, 5, at_most=False))
     memory = [f"{row.name}: {row.rss_mib:,} MiB" for row in report.rows if row.rss_mib]
     versions = [", ".join(f"{name} {value}" for name, value in report.versions.items())]
     machine = [f"{name}: {value}" for name, value in report.machine.items()]
     parts = {"Ratios": ratios, "Peak memory of the process": memory, "Machine": machine, "Versions": versions}
     bullets = (f"{title}:\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in parts.items())
-    return "\n\n".join([said, _table([HEADER, *map(_cells, report.rows)]), *bullets])
-
-
-def _aim(name: str, found: float, aim: float, *, at_most: bool) -> str:
-    met = found <= aim if at_most else found >= aim
-    return f"{name}: {found:.2f} (aim: at {'most' if at_most else 'least'} {aim:g}; {'met' if met else 'MISSED'})"
+    return "\n\n".join([said, aligned_table([HEADER, *map(_cells, report.rows)], 1), *bullets])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -343,15 +331,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     spread = f" ({min(seconds):.2f}–{max(seconds):.2f})" if len(seconds) > 1 else ""
     each = statistics.median(row.us) / max(1, row.events)
     return (row.name, f"{row.events:,}", f"{statistics.median(seconds):.2f}{spread}", f"{each:.3f}")
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[at]) for row in rows) for at in range(len(HEADER))]
-    lines = [
-        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "| " + " | ".join("-" * (width - (at > 0)) + ":" * (at > 0) for at, width in enumerate(widths)) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def _say(text: str) -> None:

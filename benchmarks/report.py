@@ -180,3 +180,19 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 def _bullets(title: str, lines: Sequence[str]) -> str:
     return "\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]) if lines else ""
+
+
+def aim_line(name: str, found: float, aim: float, *, at_most: bool) -> str:
+    """A ratio beside its aim, and whether it is met."""
+    met = found <= aim if at_most else found >= aim
+    return f"{name}: {found:.2f} (aim: at {'most' if at_most else 'least'} {aim:g}; {'met' if met else 'MISSED'})"
+
+
+def aligned_table(rows: Sequence[Sequence[str]], texts: int) -> str:
+    """A Markdown table, its header first, that lines up as plain text too; its first `texts` columns are text."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    rule = "-|-".join("-" * (width - (at >= texts)) + ":" * (at >= texts) for at, width in enumerate(widths))
+    return "\n".join([lines[0], "| " + rule.replace("-|-", " | ") + " |", *lines[1:]])

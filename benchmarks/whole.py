@@ -14,7 +14,6 @@ Every case is a process of its own, so that its peak memory is its own. Exit cod
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import platform as python
 import resource
@@ -22,8 +21,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +34,8 @@ import sqlalchemy as sa
 
 from benchmarks.audit_subjects import FIRST_HOUR_US, as_events, make_table, timed
 from benchmarks.machine import CHECKOUT, describe_machine, own_version
-from benchmarks.report import replace_section
+from benchmarks.processes import run_apart
+from benchmarks.report import aim_line, aligned_table, replace_section
 from render_platform import batches, database
 from render_platform.clock import HOUR_US, US_PER_SECOND, ManualClock, SystemClock, iso
 from render_platform.config import load_settings
@@ -104,16 +102,11 @@ def run(events: int, cache: Path, seed: int) -> Report:
     rows = []
     for case in cases:
         click.echo(f"{case.events:,} events, {case.database}, {case.objects}", err=True)
-        rows.append(_apart(measure, case, cache, seed))
+        rows.append(run_apart(measure, case, cache, seed))
     names = {name: version(name) for name in PACKAGES}
     return Report(
         measured_at, machine, {"render-platform": own_version(), "Python": python.python_version()} | names, rows
     )
-
-
-def _apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
 
 
 def measure(case: Case, cache: Path, seed: int) -> Row:
@@ -205,8 +198,8 @@ def render(report: Report) -> str:
     )
     growth = last.us_an_event / first.us_an_event
     ratios = [
-        _aim("bare limit / flush, SQLite and a folder", first.bare_us / first.flush_us, AIM, at_most=False),
-        _aim(f"µs an event at {last.case.events:,} / at {first.case.events:,}", growth, GROWTH_AIM, at_most=True),
+        aim_line("bare limit / flush, SQLite and a folder", first.bare_us / first.flush_us, AIM, at_most=False),
+        aim_line(f"µs an event at {last.case.events:,} / at {first.case.events:,}", growth, GROWTH_AIM, at_most=True),
         *(
             f"flush on {row.case.database} and {row.case.objects} / on SQLite and a folder:"
             f" {row.flush_us / first.flush_us:.2f}"
@@ -219,12 +212,7 @@ def render(report: Report) -> str:
         "Versions": [", ".join(f"{name} {value}" for name, value in report.versions.items())],
     }
     bullets = (f"{title}:\n\n" + "\n".join(f"- {line}" for line in lines) for title, lines in parts.items())
-    return "\n\n".join([said, _table([HEADER, *map(_cells, report.rows)]), *bullets])
-
-
-def _aim(name: str, found: float, aim: float, *, at_most: bool) -> str:
-    met = found <= aim if at_most else found >= aim
-    return f"{name}: {found:.2f} (aim: at {'most' if at_most else 'least'} {aim:g}; {'met' if met else 'MISSED'})"
+    return "\n\n".join([said, aligned_table([HEADER, *map(_cells, report.rows)], 2), *bullets])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -238,15 +226,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         *(*where, record, f"{flush_s:.2f}", f"{row.us_an_event:.2f}"),
         *(f"{bare_s:.2f}", f"{bare_s / flush_s:.2f}", f"{row.rss_mib:,}"),
     )
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[at]) for row in rows) for at in range(len(HEADER))]
-    lines = [
-        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "| " + " | ".join("-" * (width - (at > 1)) + ":" * (at > 1) for at, width in enumerate(widths)) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 @click.command()

@@ -208,18 +208,18 @@ def _put_batch(connection: sa.Connection, index: int, entry: AuditEntry) -> None
 
 
 def _put_lane(connection: sa.Connection, entry: AuditEntry) -> None:
-    """Time does not go back in a lane. A trace's lane that the database had lost cannot go on: its run is lost too."""
-    hour = entry.recorded_hour or 0
-    query = sa.select(lanes).filter_by(lane=entry.lane)
+    """Time does not go back in a lane; one begun anew meanwhile begins where the log's did. A lost run's is over."""
+    hour, query = entry.recorded_hour or 0, sa.select(lanes).filter_by(lane=entry.lane)
     if connection.execute(query).one_or_none() is None:
-        begun = dict.fromkeys(("start_us", "frontier_us", "next_watermark_us"), hour)
-        state = "open" if entry.lane == LIVE else "finished"
-        connection.execute(lanes.insert().values(lane=entry.lane, state=state, **begun))
+        new = dict.fromkeys(("start_us", "frontier_us", "next_watermark_us"), hour)
+        new |= {"lane": entry.lane, "state": "open" if entry.lane == LIVE else "finished"}
+        connection.execute(lanes.insert().values(new))
     lane = connection.execute(query).one()
     frontier = max(lane.frontier_us, entry.complete_until or 0, entry.last_recorded_at or 0)
-    declared = max(lane.next_watermark_us, hour + HOUR_US if entry.type == "watermark" else 0)
-    moved = lanes.update().filter_by(lane=entry.lane)
-    connection.execute(moved.values(frontier_us=frontier, next_watermark_us=declared))
+    declared = lane.next_watermark_us if lane.start_us <= hour else hour
+    declared = max(declared, hour + HOUR_US if entry.type == "watermark" else 0)
+    moved = {"start_us": min(lane.start_us, hour), "frontier_us": frontier, "next_watermark_us": declared}
+    connection.execute(lanes.update().filter_by(lane=entry.lane).values(moved))
 
 
 def _apply(connection: sa.Connection, entry: AuditEntry, subject: bytes, done: Recovered) -> None:

@@ -40,7 +40,7 @@ from render_platform.recovery import (
 from tests import chdb_server
 from tests.factories import START_US, make_events
 from tests.platforms import LIVE, connect, empty_copy, files_with, make_platform, record, record_random
-from tests.test_recovery import accept, backup, dump, recover, recovery, restore
+from tests.test_recovery import accept, backup, dump, open_state, recover, recovery, restore, whole
 
 DOCS = Path(__file__).parents[1] / "docs" / "restore.md"
 NEXT_US = START_US + HOUR_US
@@ -314,3 +314,19 @@ def test_the_documentation_names_every_table_and_every_figure() -> None:
     assert sorted(named) == sorted(metadata.tables)
     example = json.loads(text.split("```json\n", 1)[1].split("```", 1)[0])
     assert list(example) == [field.name for field in fields(Recovered)] == list(asdict(Recovered(0, 0)))
+
+
+@pytest.mark.parametrize("lane", [LIVE, "trace/1"])
+def test_a_lane_that_a_new_database_began_anew_declares_the_hours_of_the_log(tmp_path: Path, lane: str) -> None:
+    """The log has a batch of an hour that it has not declared; the database is lost, and records before it is
+    recovered. Found by the simulation: that hour was never declared."""
+    state = tmp_path / "state"
+    with closing(open_state(state, "first", START_US)) as platform:
+        recorded = record_random(platform, 4, 1, lane, span_us=HOUR_US // 2)
+        platform.flush()
+    for path in state.glob("platform.db*"):
+        path.unlink()
+    with closing(open_state(state, "second", NEXT_US)) as platform:
+        recorded += record_random(platform, 3, 2, lane, NEXT_US, HOUR_US // 2)
+    recover(state)
+    whole(state, recorded)

@@ -105,9 +105,9 @@ def _check_by_library(story: Story) -> None:
 def _check_verdicts(story: Story) -> None:
     """Unknown is not zero: what could not be read was never called equal, nor different."""
     for one in story.told.verdicts:
-        final = one.status in ("reconciled", "discrepant")
-        require(not final or one.equal == (one.status == "reconciled"), f"a wrong verdict: {one}")
-        require(not final or one.events == one.known, f"a verdict on other events than there were: {one}")
+        said = one.status in ("reconciled", "discrepant")
+        require(not said or one.equal == (one.status == "reconciled"), f"a wrong verdict: {one}")
+        require(not one.final or one.events == one.known, f"a verdict on other events than there were: {one}")
         require(one.struck or one.status != "unavailable", f"unavailable, and nothing had struck: {one}")
 
 

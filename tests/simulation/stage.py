@@ -29,6 +29,7 @@ class Verdict(NamedTuple):
 
     hour_us: int
     status: str
+    final: bool
     events: int
     known: int
     """How many events it spoke of, and how many there were."""

@@ -207,8 +207,8 @@ class Story(Stage):
             before = self.world.faults
             found = platform.reconcile(hour)
             known, struck = len(self.slow_ids(hour)), self.world.faults > before
-            verdict = Verdict(hour, found.status, found.total("events"), known, self.equal(hour), struck)
-            self.told.verdicts.append(verdict)
+            said = hour, found.status, found.final, found.total("events")
+            self.told.verdicts.append(Verdict(*said, known, self.equal(hour), struck))
 
         self.step(slot, "reconcile", act)
 

@@ -211,7 +211,7 @@ def _put_lane(connection: sa.Connection, entry: AuditEntry) -> None:
     """Time does not go back in a lane; one begun anew meanwhile begins where the log's did. A lost run's is over."""
     hour, query = entry.recorded_hour or 0, sa.select(lanes).filter_by(lane=entry.lane)
     if connection.execute(query).one_or_none() is None:
-        new = dict.fromkeys(("start_us", "frontier_us", "next_watermark_us"), hour)
+        new: dict[str, Any] = dict.fromkeys(("start_us", "frontier_us", "next_watermark_us"), hour)
         new |= {"lane": entry.lane, "state": "open" if entry.lane == LIVE else "finished"}
         connection.execute(lanes.insert().values(new))
     lane = connection.execute(query).one()

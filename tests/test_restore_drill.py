@@ -25,6 +25,8 @@ from render_platform.events import UsageEvent, table_from_events
 from render_platform.evidence import Evidence
 from render_platform.fast_path import batch_token
 from render_platform.gateway import identity
+from render_platform.gateway.ingest import ingested
+from render_platform.gateway.leases import takeovers
 from render_platform.operations.alerts import alerts_sent
 from render_platform.outbox import forget_customer
 from render_platform.pipeline import Platform
@@ -310,7 +312,9 @@ def test_the_documentation_names_every_table_and_every_figure() -> None:
     text = DOCS.read_text()
     rows = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \|", text, re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`([a-z_]+)`", row)]
-    assert {table.metadata for table in (identity.api_keys, budgets, alerts_sent)} == {metadata}  # whatever is imported
+    assert {table.metadata for table in (identity.api_keys, ingested, takeovers, budgets, alerts_sent)} == {
+        metadata
+    }  # whatever is imported
     assert sorted(named) == sorted(metadata.tables)
     example = json.loads(text.split("```json\n", 1)[1].split("```", 1)[0])
     assert list(example) == [field.name for field in fields(Recovered)] == list(asdict(Recovered(0, 0)))

@@ -20,7 +20,7 @@ from tests.simulation.runs import run_seed
 from tests.simulation.world import Violation, World
 
 FIXED = range(150)
-RANDOM = 100
+RANDOM = 50
 SEARCHED = 500
 """Within so many seeds each planted bug has to be found."""
 FOUND_AT = {"lost_delivery_mark": 25, "stolen_head": 175}

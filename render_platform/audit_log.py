@@ -91,6 +91,7 @@ class AuditLog:
         """`standing` is the checkpoint that was compared."""
         with self._database.read() as connection:
             head = _head(connection)
+            marked = connection.execute(sa.select(checkpoints.c.note).filter_by(size=head.size)).scalar()
         if head.size == 0:
             return None
         checkpoint = Checkpoint(self._keys.origin, head.size, head.root)
@@ -100,13 +101,14 @@ class AuditLog:
             self._write_tiles(published.size if published else 0, head.size)
             note = sign_note(checkpoint.text(), self._keys.signers(head.size)).encode()
         note = self._cosigned(note, head.size, standing)
-        if note != standing:
+        if marked is None or note != marked.encode():
             # A crash before this: the old checkpoint stands, and tiles that the next publish finds byte-equal.
-            # `standing` is what was compared above: a checkpoint published meanwhile is never overwritten.
+            # `standing` is what was compared above: a checkpoint published meanwhile is never overwritten. One that
+            # stands and is not marked is written again: who wrote it may have died before it was durable.
             self._objects.replace(CHECKPOINT, note, standing)
             self._read_back(checkpoint)
-        # A crash before this commit: published, not marked; the next publish marks it.
-        self._mark_published(checkpoint, note)
+            # A crash before this commit: published, not marked; the next publish marks it.
+            self._mark_published(checkpoint, note)
         return checkpoint
 
     def _cosigned(self, note: bytes, size: int, standing: bytes | None) -> bytes:

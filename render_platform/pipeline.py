@@ -111,17 +111,18 @@ class Platform:
 
     def seal(self) -> list[str]:
         """Unsealed rows → sealed batches; closed hours → watermarks. Gives the ids of the batches."""
-        sealer = Sealer(
-            self.database,
-            self.clock,
-            batch_rows=self.settings.batch_rows,
-            rows_a_transaction=self.settings.seal_rows_a_transaction,
-        )
-        return sealer.seal()
+        return self._sealer().seal()
 
     def store(self) -> list[str]:
         """Sealed batches → objects and attestations in the CAS. Gives the ids of the batches."""
-        return Delivery(self.database, self.cas, self.attestation_signer).store_sealed()
+        return self._delivery().store_sealed()
+
+    def _sealer(self) -> Sealer:
+        rows, at_once = self.settings.batch_rows, self.settings.seal_rows_a_transaction
+        return Sealer(self.database, self.clock, batch_rows=rows, rows_a_transaction=at_once)
+
+    def _delivery(self) -> Delivery:
+        return Delivery(self.database, self.cas, self.attestation_signer)
 
     def log_batches(self) -> LogState:
         """Stored batches and watermarks → entries → a signed, published checkpoint."""
@@ -130,8 +131,9 @@ class Platform:
         return LogState(len(indexes), self.log.publish())
 
     def flush(self) -> LogState:
-        self.seal()
-        self.store()
+        """All of the above. Each batch is stored as soon as it is sealed, so that its rows are read from SQL once."""
+        self._sealer().seal(then=self._delivery().store)
+        self.store()  # what an earlier crash left sealed
         return self.log_batches()
 
     # The fast path against the slow one.

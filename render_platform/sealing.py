@@ -12,8 +12,10 @@ many of them have no event in a batch yet (docs/formats.md, "Acceptance ranges")
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import pyarrow as pa
 import sqlalchemy as sa
 
 from render_platform import __version__
@@ -39,6 +41,10 @@ from render_platform.outbox import LIVE, rows_of_batch
 UNSEALED = usage_events.c.batch_id.is_(None)
 
 
+Then = Callable[[str, pa.Table], None]
+"""Told of a batch that is sealed: its id, and the rows that its root was made of."""
+
+
 class Sealer:
     def __init__(self, database: Database, clock: Clock, *, batch_rows: int, rows_a_transaction: int) -> None:
         self._database = database
@@ -46,16 +52,19 @@ class Sealer:
         self._batch_rows = batch_rows
         self._rows_a_transaction = rows_a_transaction
 
-    def seal(self) -> list[str]:
-        """Seal every row that is recorded, declare every hour that is over; gives the ids sealed by this call."""
+    def seal(self, then: Then = lambda *_: None) -> list[str]:
+        """Seal every row that is recorded, declare every hour that is over; gives the ids sealed by this call.
+
+        `then(batch_id, rows)` follows each batch: what it raises ends the call, and leaves the batch sealed.
+        """
         with self._database.write() as connection:
             self._advance_live_frontier(connection)
             names = connection.execute(sa.select(lanes.c.lane).order_by(lanes.c.lane)).scalars().all()
         sealed: list[str] = []
         for lane in names:
             while self._fill(lane):
-                sealed += self._root_closed(lane)
-            sealed += self._root_closed(lane)
+                sealed += self._root_closed(lane, then)
+            sealed += self._root_closed(lane, then)
         return sealed
 
     def _advance_live_frontier(self, connection: sa.Connection) -> None:
@@ -145,14 +154,15 @@ class Sealer:
         if batch.lane == LIVE:
             _declare_acceptances(connection, batch.ordinal)
 
-    def _root_closed(self, lane: str) -> list[str]:
+    def _root_closed(self, lane: str, then: Then) -> list[str]:
         """`closed` → `sealed`. The rows are fixed by now, so that reading them needs no lock."""
         with self._database.read() as connection:
             closed = connection.execute(sa.select(batches).filter_by(lane=lane, state="closed")).all()
         sealed = []
         for batch in closed:
             with self._database.read() as connection:
-                root = merkle_root(rows_of_batch(connection, batch.batch_id))
+                rows = rows_of_batch(connection, batch.batch_id)
+            root = merkle_root(rows)
             # A crash before this commit: still `closed`, and the root is made again from the same rows.
             with self._database.write() as connection:
                 changed = connection.execute(
@@ -160,7 +170,9 @@ class Sealer:
                     .where(batches.c.ordinal == batch.ordinal, batches.c.state == "closed")
                     .values(state="sealed", merkle_root=root.hex())
                 )
-            sealed += [batch.batch_id] if changed.rowcount else []
+            if changed.rowcount:
+                sealed.append(batch.batch_id)
+                then(batch.batch_id, rows)
         return sealed
 
     def _declare_hours(self, connection: sa.Connection, lane: str) -> None:
@@ -318,34 +330,32 @@ class Delivery:
         self._signer = signer
 
     def store_sealed(self) -> list[str]:
-        """Store every sealed batch and its attestation; gives the batch ids. Watermarks have nothing to store."""
+        """Store every sealed batch and its attestation; gives the batch ids. Watermarks have nothing to store.
+
+        Finding where the rows in SQL are not those that were sealed.
+        """
+        query = sa.select(batches).filter_by(state="sealed", type="usage_batch").order_by(batches.c.ordinal)
         with self._database.read() as connection:
-            waiting = connection.execute(
-                sa.select(batches).filter_by(state="sealed", type="usage_batch").order_by(batches.c.ordinal)
-            ).all()
+            waiting = connection.execute(query).all()
         for batch in waiting:
-            self._store(batch)
+            with self._database.read() as connection:
+                rows = rows_of_batch(connection, batch.batch_id)
+            if merkle_root(rows).hex() != batch.merkle_root or rows.num_rows != batch.records:
+                changed = f"the rows of batch {batch.batch_id} are not those that were sealed"
+                raise Finding(changed, "restore the database")
+            self.store(batch.batch_id, rows)
         return [batch.batch_id for batch in waiting]
 
-    def _store(self, batch: Any) -> None:
-        with self._database.read() as connection:
-            table = rows_of_batch(connection, batch.batch_id)
-        if merkle_root(table).hex() != batch.merkle_root or table.num_rows != batch.records:
-            raise Finding(f"the rows of batch {batch.batch_id} are not those that were sealed", "restore the database")
-        data = batch_bytes.encode(table)
+    def store(self, batch_id: str, rows: pa.Table) -> None:
+        """Store one sealed batch, of which `rows` are known to be those that its root was made of."""
+        data = batch_bytes.encode(rows)
         # A crash from here to the commit leaves objects that nothing names; the next call makes the same ones.
         digest = self._cas.put(data)
-        envelope = batch_bytes.attest(batch.batch_id, digest, table, self._signer, f"render-platform/{__version__}")
+        envelope = batch_bytes.attest(batch_id, digest, rows, self._signer, f"render-platform/{__version__}")
         attestation_digest = self._cas.put(envelope)
+        stored = {"blob_digest": digest, "blob_size": len(data), "attestation_digest": attestation_digest}
         # After this commit the digest is fixed: the batch is never encoded again.
         with self._database.write() as connection:
             connection.execute(
-                batches.update()
-                .where(batches.c.ordinal == batch.ordinal, batches.c.state == "sealed")
-                .values(
-                    state="stored",
-                    blob_digest=digest,
-                    blob_size=len(data),
-                    attestation_digest=attestation_digest,
-                )
+                batches.update().filter_by(batch_id=batch_id, state="sealed").values(state="stored", **stored)
             )

@@ -112,9 +112,9 @@ def stolen_head() -> Iterator[None]:
 @contextmanager
 def unnamed_batch() -> Iterator[None]:
     """A batch's object is put after the commit that names it; a put that fails is left for a next time."""
-    store = Delivery._store
+    store = Delivery.store
 
-    def store_later(self: Delivery, batch: Any) -> None:
+    def store_later(self: Delivery, batch_id: str, rows: Any) -> None:
         blobs: list[bytes] = []
 
         class Later:
@@ -124,14 +124,14 @@ def unnamed_batch() -> Iterator[None]:
 
         cas, self._cas = self._cas, Later()  # type: ignore[assignment]
         try:
-            store(self, batch)
+            store(self, batch_id, rows)
         finally:
             self._cas = cas
         with suppress(Unavailable):
             for data in blobs:
                 cas.put(data)
 
-    with mock.patch.object(Delivery, "_store", store_later):
+    with mock.patch.object(Delivery, "store", store_later):
         yield
 
 

@@ -79,7 +79,7 @@ class World:
         self._gaps = {
             "strike": self.story.choice((8, 15, 30, 80)),
             "read": self.story.choice((15, 60, 200, 10**9)),
-            "other": self.story.choice((4, 10, 25, 100)),
+            "other": self.story.choice((3, 6, 12, 50)),
         }
         self._next = {name: self._gap(name) for name in self._gaps}
         self._trace = hashlib.blake2b(digest_size=16)

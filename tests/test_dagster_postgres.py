@@ -8,8 +8,10 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -177,7 +179,7 @@ def test_who_may_not_make_schemas_is_told_which_one_and_uses_one_that_is_there(u
 # Several programs.
 
 
-def test_programs_that_start_at_once_make_the_tables_once(url: str, home: Path) -> None:
+def test_programs_that_start_at_once_find_the_tables_made_once(url: str, home: Path) -> None:
     call = [sys.executable, "-m", "dagster", "instance", "info"]
     started = [
         subprocess.Popen(call, cwd=CHECKOUT, env=told(url, home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -187,6 +189,21 @@ def test_programs_that_start_at_once_make_the_tables_once(url: str, home: Path) 
     assert [one.returncode for one in started] == [0] * 3, said
     assert not any("Retrying" in text or PASSWORD in text for text in said), said
     assert ask(url, "SELECT count(*) FROM dagster.alembic_version") == [(1,)]
+
+
+def test_of_those_who_open_it_at_the_same_moment_one_makes_it(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the lock they would meet in making the schema, or a table."""
+    for _ in range(5):
+        at_once = threading.Barrier(4)
+
+        def open_one(_: int, at_once: threading.Barrier = at_once) -> object:
+            at_once.wait(30)
+            return render_platform_dagster.open_postgres(url)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert len(list(pool.map(open_one, range(4)))) == 4
+        change(url, "DROP SCHEMA dagster CASCADE")
+    assert "Retrying" not in caplog.text
 
 
 def test_two_processes_share_it_and_no_connection_is_held_between_statements(

@@ -50,11 +50,12 @@ test: check  ## everything that must pass
 
 ON_POSTGRES := $(addprefix tests/,$(addprefix test_,outbox.py outbox_pruning.py sealing.py hours.py audit_log.py \
   audit_log_stops.py late_events.py recovery.py restore_drill.py receipts.py erasure.py charging.py) faults \
-  $(addprefix gateway/test_,store.py engine.py recovery.py routes.py writer.py ingest.py identity.py))
+  $(addprefix gateway/test_,store.py engine.py recovery.py routes.py writer.py ingest.py identity.py) \
+  $(addprefix test_dagster_,postgres.py layer.py runs.py schedule.py ticks.py orphans.py backfills.py) test_housekeeping.py)
 test-scale: $(READY)  ## three gateways, two flushers, PostgreSQL, SeaweedFS and the bridge, one of each killed (some minutes)
 	RENDER_TEST_SCALE=yes $(BIN)/python -m pytest -s -rs tests/scale
 
-test-postgres: $(READY)  ## the suites of outbox, jobs and log on PostgreSQL (needs Debian's postgresql)
+test-postgres: $(READY)  ## the suites of outbox, jobs, log and Dagster on PostgreSQL (needs Debian's postgresql)
 	RENDER_TEST_DATABASE=postgres $(BIN)/python -m pytest tests/test_postgres.py $(ON_POSTGRES)
 
 CHROMIUM ?= /usr/bin/chromium

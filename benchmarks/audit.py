@@ -45,7 +45,7 @@ from benchmarks.audit_subjects import (
     write_through_the_outbox,
 )
 from benchmarks.machine import CHECKOUT, describe_machine, own_version
-from benchmarks.report import replace_section
+from benchmarks.report import aim_line, aligned_table, bullets, replace_section, spread
 from render_platform.clock import US_PER_SECOND, SystemClock, iso
 from render_platform.errors import Finding, PlatformError
 
@@ -142,41 +142,22 @@ def render(report: Report) -> str:
     ratios = [_aim(report.rows, aim) for aim in AIMS]
     machine = [f"{name}: {value}" for name, value in report.machine.items()]
     versions = [", ".join(f"{name} {value}" for name, value in report.versions.items())]
-    blocks = [said, _table(table), *map(_bullets, ("Ratios", "Machine", "Versions"), (ratios, machine, versions))]
-    return "\n\n".join(blocks)
+    lists = map(bullets, ("Ratios", "Machine", "Versions"), (ratios, machine, versions))
+    return "\n\n".join([said, aligned_table(table, 2), *lists])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     if not row.us:
         return (row.part, row.name, f"not measured: {row.failure}", "", "")
     rates, each = row.per_second, [one / row.count for one in row.us]
-    return (row.part, row.name, f"{row.count:,} {PARTS[row.part]}", _spread(rates, ",.0f"), _spread(each, ",.2f"))
-
-
-def _spread(values: list[float], form: str) -> str:
-    middle = format(statistics.median(values), form)
-    return f"{middle} ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else middle
+    return (row.part, row.name, f"{row.count:,} {PARTS[row.part]}", spread(rates, ",.0f"), spread(each, ",.2f"))
 
 
 def _aim(rows: list[Row], aim: Aim) -> str:
-    found = ratio(rows, aim)
-    shown = "not measured" if found is None else f"{found:,.2f}"
+    name, found = f"{aim.name} / {aim.under}", ratio(rows, aim)
     if aim.least and found is not None:
-        shown += f" (aim: at least {aim.least:g}; {'met' if found >= aim.least else 'MISSED'})"
-    return f"{aim.name} / {aim.under}: {shown}"
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[at]) for row in rows) for at in range(len(HEADER))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "| " + " | ".join("-" * (width - (at > 1)) + ":" * (at > 1) for at, width in enumerate(widths)) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def _bullets(title: str, lines: list[str]) -> str:
-    return f"{title}:\n\n" + "\n".join(f"- {line}" for line in lines)
+        return aim_line(name, found, aim.least, at_most=False)
+    return f"{name}: {'not measured' if found is None else f'{found:,.2f}'}"
 
 
 def _say(text: str) -> None:

@@ -35,7 +35,7 @@ import msgspec
 
 from benchmarks.machine import CHECKOUT, TOOL_S, describe_machine, own_version
 from benchmarks.processes import Server, clean_environment, free_port, run_tool, running
-from benchmarks.report import replace_section
+from benchmarks.report import bullets, replace_section, right_table
 from render_platform.clock import US_PER_SECOND, SystemClock, iso
 from render_platform.errors import Finding, PlatformError, Unavailable
 from render_platform.receipt_verifier import InvalidReceipt, verify_receipt
@@ -267,28 +267,23 @@ def render(report: Report) -> str:
     )
     blocks = [
         said,
-        "\n".join(_table(good)),
-        _bullets("Aim", [f"p99 of at most {AIM_S} s: {'met' if met else 'MISSED'}"]),
-        _bullets("What the waiting is made of", _parts(report, good)),
-        _bullets("FINDINGS: read these before the figures", findings(report)),
-        _bullets("Machine", [f"{name}: {value}" for name, value in report.machine.items()]),
-        _bullets("Versions", [", ".join(f"{name} {value}" for name, value in report.versions.items())]),
+        _table(good),
+        bullets("Aim", [f"p99 of at most {AIM_S} s: {'met' if met else 'MISSED'}"]),
+        bullets("What the waiting is made of", _parts(report, good)),
+        bullets("FINDINGS: read these before the figures", findings(report)),
+        bullets("Machine", [f"{name}: {value}" for name, value in report.machine.items()]),
+        bullets("Versions", [", ".join(f"{name} {value}" for name, value in report.versions.items())]),
     ]
     return "\n\n".join(block for block in blocks if block)
 
 
-def _table(samples: Sequence[Sample]) -> list[str]:
+def _table(samples: Sequence[Sample]) -> str:
     """All samples, and each third of them in the order of their ends."""
     rows = [("jobs that ended", "receipts", "least s", "p50 s", "p99 s", "max s"), _row("at any time", samples)]
     for number, share in enumerate(SHARES):
         cut = [len(samples) * (number + more) // len(SHARES) for more in (0, 1)]
         rows.append(_row(f"in the {share} third", samples[slice(*cut)]))
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    rule = ["-" * (width - (at > 0)) + ":" * (at > 0) for at, width in enumerate(widths)]
-    return [
-        "| " + " | ".join(f"{cell:{'>' if at else '<'}{widths[at]}}" for at, cell in enumerate(row)) + " |"
-        for row in (rows[0], rule, *rows[1:])
-    ]
+    return right_table(rows, 1)
 
 
 def _row(name: str, samples: Sequence[Sample]) -> tuple[str, ...]:
@@ -316,10 +311,6 @@ def _spread(values_ms: Sequence[int]) -> str:
         return "not measured"
     middle, least, most = (ms / 1_000 for ms in (statistics.median(values_ms), min(values_ms), max(values_ms)))
     return f"{middle:.1f} s ({least:.1f}–{most:.1f})"
-
-
-def _bullets(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]) if lines else ""
 
 
 def collect_versions() -> dict[str, str]:

@@ -98,12 +98,12 @@ def render(report: Report) -> str:
         "each figure is the median of the rounds (smallest–largest). Each server is one process, ours two: the loop "
         "and its journal. Load generator, proxy and backend share the machine's cores and none is pinned. Only (c) "
         "and (d) write anything durable.",
-        _table([HEADER, *(_row(result) for result in report.results)]),
-        _bullets("Ratios of requests/s, round by round", _ratios(report)),
-        _bullets("Kept", [line for result in report.results for line in _kept(result)]),
-        _bullets("FINDINGS: read these before the figures", findings(report)),
-        _bullets("Machine", [f"{name}: {value}" for name, value in report.machine.items()]),
-        _bullets("Versions", [", ".join(f"{name} {value}" for name, value in report.versions.items())]),
+        right_table([HEADER, *(_row(result) for result in report.results)], 2),
+        bullets("Ratios of requests/s, round by round", _ratios(report)),
+        bullets("Kept", [line for result in report.results for line in _kept(result)]),
+        bullets("FINDINGS: read these before the figures", findings(report)),
+        bullets("Machine", [f"{name}: {value}" for name, value in report.machine.items()]),
+        bullets("Versions", [", ".join(f"{name} {value}" for name, value in report.versions.items())]),
     ]
     return "\n\n".join(block for block in blocks if block)
 
@@ -127,12 +127,12 @@ def _row(result: Result) -> tuple[str, ...]:
         (lambda done: done.load.p99_us / 1_000, ".2f"),
         (lambda done: done.cpu_us_per_request, ",.0f"),
     )
-    figures = [_spread([read(done) for done in rounds], form) for read, form in columns]
+    figures = [spread([read(done) for done in rounds], form) for read, form in columns]
     errors = sum(done.load.errors for done in rounds)
     return (result.letter, result.name, *figures, f"**{errors}**" if errors else "0")
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
     middle = format(statistics.median(values), form)
     return f"{middle} ({min(values):{form}}–{max(values):{form}})" if len(values) > 1 else middle
 
@@ -145,7 +145,7 @@ def _ratios(report: Report) -> list[str]:
         if above in rounds and below in rounds:
             pairs = zip(rounds[above], rounds[below], strict=False)
             values = [over.load.per_second / under.load.per_second for over, under in pairs if under.load.good]
-            lines.append(f"{above}/{below}: {_spread(values, '.2f') if values else 'not measured'}")
+            lines.append(f"{above}/{below}: {spread(values, '.2f') if values else 'not measured'}")
     return lines
 
 
@@ -164,28 +164,32 @@ def _kept(result: Result) -> list[str]:
     return lines
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up as plain text: two of text, the others to the right."""
+def right_table(rows: Sequence[Sequence[str]], texts: int) -> str:
+    """A Markdown table that lines up as plain text too: `texts` columns of text, then figures to the right."""
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
-    rule = ["-" * width if column < 2 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    shown = [_line(rows[0], widths), "| " + " | ".join(rule) + " |", *(_line(row, widths) for row in rows[1:])]
+    rule = ["-" * width if column < texts else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    shown = [
+        _line(rows[0], widths, texts),
+        "| " + " | ".join(rule) + " |",
+        *(_line(row, widths, texts) for row in rows[1:]),
+    ]
     return "\n".join(shown)
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    sides = ("<", "<", *(">" * (len(row) - 2)))
+def _line(row: Sequence[str], widths: Sequence[int], texts: int) -> str:
+    sides = "<" * texts + ">" * (len(row) - texts)
     cells = [f"{text:{side}{width}}" for text, side, width in zip(row, sides, widths, strict=True)]
     return "| " + " | ".join(cells) + " |"
 
 
-def _bullets(title: str, lines: Sequence[str]) -> str:
+def bullets(title: str, lines: Sequence[str]) -> str:
     return "\n".join([f"{title}:", "", *(f"- {line}" for line in lines)]) if lines else ""
 
 
 def aim_line(name: str, found: float, aim: float, *, at_most: bool) -> str:
     """A ratio beside its aim, and whether it is met."""
     met = found <= aim if at_most else found >= aim
-    return f"{name}: {found:.2f} (aim: at {'most' if at_most else 'least'} {aim:g}; {'met' if met else 'MISSED'})"
+    return f"{name}: {found:,.2f} (aim: at {'most' if at_most else 'least'} {aim:g}; {'met' if met else 'MISSED'})"
 
 
 def aligned_table(rows: Sequence[Sequence[str]], texts: int) -> str:

@@ -76,7 +76,9 @@ def up(state: Path | None, config: Path | None, port: int | None, gateway_port: 
     settings = load_settings(config=config, state_dir=state, dagster_port=port, gateway_port=gateway_port)
     with open_platform(settings, create=True):
         pass
-    _dagster("resources.local").LocalDagster(settings).close()  # ends what a killed process left in progress
+    dagster = _dagster("resources.local").LocalDagster(settings)  # ends what a killed process left in progress
+    dagster.begin_up()
+    dagster.close()
     sys.exit(everything.run(settings, _checkout(), config=config, load=not no_load))
 
 

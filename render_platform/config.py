@@ -23,6 +23,8 @@ from render_platform.errors import UsageError
 _PREFIX = "RENDER_PLATFORM_"
 CATALOGUE_TABLES = ("backends", "models", "issuers")
 MAX_FILE_BYTES = 4 * 1024 * 1024
+MAX_WITNESSES = 90
+"""A signed note holds 100 signatures: these, and ten lines for the log's own keys, of which a rotation adds one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class Settings:
         bounds = {
             "retention_days": (0, 20_000),
             "object_lock_days": (0, 36_500),
-            "witness_quorum": (0, 10_000),
+            "witness_quorum": (0, MAX_WITNESSES),
             "witness_timeout_s": (1, 3_600),
             "batch_rows": (1, 50_000),
             "seal_rows_a_transaction": (1, 50_000),

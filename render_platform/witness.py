@@ -32,6 +32,7 @@ import structlog
 from render_platform import canonical, merkle
 from render_platform import note as notes
 from render_platform.clock import US_PER_SECOND, Clock
+from render_platform.config import MAX_WITNESSES
 from render_platform.errors import Finding, Missing, PlatformError, SequencerStopped, Unavailable, UsageError
 from render_platform.note import Checkpoint, Cosignature, Signer, Verifier, WitnessKey
 from render_platform.objects import FolderObjects, ObjectStore, make_folders
@@ -292,6 +293,8 @@ def parse_members(text: str) -> list[Member]:
         if not re.fullmatch(r"(https://|http://(localhost|127\.0\.0\.1|\[::1\])[:/])[^\s@]+", url):
             raise UsageError(f"{url} is not a witness's URL", "give URL VKEY, …; http only on this machine")
         members.append(Member(f"{url.rstrip('/')}/add-checkpoint", WitnessKey.parse(vkey.strip())))
+    if len(members) > MAX_WITNESSES:
+        raise UsageError(f"witnesses names {len(members)}", f"name at most {MAX_WITNESSES}: a note holds no more")
     if len({member.key for member in members}) < len(members):
         raise UsageError("a witness stands twice", "give each witness once")
     return members
@@ -315,11 +318,8 @@ class Witnesses:
     def __init__(self, members: Sequence[Member], quorum: int, policy: str, timeout_s: int, clock: Clock) -> None:
         if not 0 <= quorum <= len(members) or policy not in ("publish", "hold"):
             raise UsageError("the witnesses' quorum or policy cannot be kept", "0 … witnesses, publish or hold")
-        self._members = members
-        self._quorum = quorum
-        self._hold = policy == "hold"
-        self._timeout_s = timeout_s
-        self._clock = clock
+        self._members, self._quorum, self._hold = members, quorum, policy == "hold"
+        self._timeout_s, self._clock = timeout_s, clock
         self._silent_until_us: dict[WitnessKey, int] = {}
 
     def cosign(self, note: bytes, proof: Callable[[int], Sequence[bytes]], previous: bytes | None) -> Collected:

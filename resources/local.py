@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from render_platform.up import only_one
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
 nux: {enabled: false}
+storage: {custom: {module: render_platform_dagster, class: PlatformStorage}}
 concurrency:
   pools: {default_limit: 1, granularity: op}
   runs:
@@ -31,6 +33,8 @@ run_retries: {enabled: true, max_retries: 2, retry_on_asset_or_op_failure: false
 run_monitoring: {enabled: true, poll_interval_seconds: 10, free_slots_after_run_end_seconds: 20}
 """
 LOCAL_TAG = "render_platform/local"
+UP = "render_platform/up"
+"""Whose the newest `up` over this storage is."""
 LAUNCHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 ENDED = "the process that ran it ended"
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -49,12 +53,16 @@ def _prepare_home(settings: Settings) -> Path:
 class LocalDagster:
     """Runs the code location's jobs in this process, recorded in the state folder's instance.
 
-    One process a state folder: the lock is the kernel's, so that it ends with its process, however that ends.
+    One process a state folder: the lock is the kernel's, so that it ends with its process, however that ends. Other
+    folders may share the storage, where it is PostgreSQL: their runs are theirs.
     """
 
     def __init__(self, settings: Settings) -> None:
-        os.environ["RENDER_PLATFORM_STATE_DIR"] = str(settings.state_dir)
         home = _prepare_home(settings)
+        os.environ["RENDER_PLATFORM_STATE_DIR"] = str(settings.state_dir)
+        os.environ["RENDER_PLATFORM_DATABASE_URL"] = settings.database_url  # runs and storage read their own settings
+        os.environ["DAGSTER_HOME"] = str(home)
+        self._here, self._shared = f"{socket.gethostname()}:{settings.state_dir}", bool(settings.database_url)
         self._lock = (home / "local.lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +78,9 @@ class LocalDagster:
         Those of this process's forerunners; and, where no `up` holds its lock, those that an `up` launched: nothing
         that it started outlives it. What is queued stays queued, and what somebody runs in a shell is theirs.
         """
-        self._end(self._instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS, tags={LOCAL_TAG: "yes"})))
+        self._end(self._instance.get_runs(dg.RunsFilter(statuses=IN_PROGRESS, tags={LOCAL_TAG: self._here})))
+        if self._shared and self._instance.run_storage.get_cursor_values({UP}).get(UP) != self._here:
+            return  # what another folder's daemon launched
         with suppress(Unavailable), only_one(up_lock):
             launched = self._instance.get_runs(dg.RunsFilter(statuses=LAUNCHED))
             self._end(run for run in launched if run.remote_job_origin)  # a shell's run has none
@@ -100,6 +110,10 @@ class LocalDagster:
     def repair(self, hours_us: Sequence[int]) -> None:
         self._run_hours("repair", hours_us)
 
+    def begin_up(self) -> None:
+        """What is launched from now on is this folder's `up`'s."""
+        self._instance.run_storage.set_cursor_values({UP: self._here})
+
     def close(self) -> None:
         self._instance.dispose()
         self._lock.close()
@@ -112,7 +126,7 @@ class LocalDagster:
         from definitions import defs  # here: `up` ends orphans without loading the code location
 
         result = defs.resolve_job_def(job).execute_in_process(
-            instance=self._instance, tags={**tags, LOCAL_TAG: "yes"}, run_config=_QUIET, raise_on_error=False
+            instance=self._instance, tags={**tags, LOCAL_TAG: self._here}, run_config=_QUIET, raise_on_error=False
         )
         if not result.success:
             failures = [e.step_failure_data.error for e in result.all_events if e.is_step_failure]

@@ -33,7 +33,7 @@ def test_options_go_before_the_environment_and_that_before_defaults() -> None:
 def test_every_field_can_be_set_by_its_variable(field: str) -> None:
     variable = f"RENDER_PLATFORM_{field.upper()}"
     others = {"witness_policy": "hold", "repair_automatically": "1", "slow_path_engine": "clickhouse"}
-    others["database_url"] = "postgresql://h/n"
+    others |= {"database_url": "postgresql://h/n", "witness_quorum": "7"}
     value = others.get(field, "1024" if field in NUMBERS else "/some/text")
     assert str(getattr(load_settings({variable: value}), field)) == value
 

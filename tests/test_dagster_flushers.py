@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ from render_platform.clock import US_PER_SECOND, SystemClock
 from render_platform.database import batches, log_entries
 from resources.local import DAGSTER_YAML
 from tests.commands import CHECKOUT, clean_environment, run_inside
+from tests.homes import open_instance
 from tests.platforms import LIVE, make_platform, record
 from tests.test_dagster_layer import sound_events
 
@@ -39,14 +41,18 @@ location = dg.Definitions(
 )
 
 
-def make_state(state: Path, rng: random.Random) -> Path:
+def make_state(state: Path, rng: random.Random, **options: str) -> Path:
     """Events of the last minute, which wait for a flush; and Dagster's folder, without settings yet."""
     clock = SystemClock()
     begun, span = clock.now_us() - 60 * US_PER_SECOND, 30 * US_PER_SECOND
-    with closing(make_platform(state, clock)) as platform:
+    with closing(make_platform(state, clock, **options)) as platform:
         record(platform, LIVE, sound_events(rng, EVENTS, begun, span))
     (state / "dagster").mkdir()
     return state
+
+
+def variables(options: Mapping[str, str]) -> dict[str, str]:
+    return {f"RENDER_PLATFORM_{name.upper()}": value for name, value in options.items()}
 
 
 def flushes_of(instance: dg.DagsterInstance) -> list[dg.RunRecord]:
@@ -60,7 +66,7 @@ def worked_at_once(instance: dg.DagsterInstance) -> bool:
     return any(later < end for (_, end), (later, _) in pairwise(times))
 
 
-def check_flushed(state: Path, instance: dg.DagsterInstance) -> None:
+def check_flushed(state: Path, instance: dg.DagsterInstance, **options: str) -> None:
     """Each run has succeeded; each event is in one batch, and each batch once in the log."""
     runs = [record.dagster_run for record in flushes_of(instance)]
     failed = [run.run_id for run in runs if run.is_failure_or_canceled]
@@ -70,9 +76,12 @@ def check_flushed(state: Path, instance: dg.DagsterInstance) -> None:
         for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
     ]
     assert not failed, why
-    outcome = run_inside("verify", "--deep", "--state", state)
+    outcome = run_inside("verify", "--deep", "--state", state, env=variables(options))
     assert outcome.code == 0, outcome.said
-    with closing(make_platform(state, SystemClock(), "again")) as platform, platform.database.read() as connection:
+    with (
+        closing(make_platform(state, SystemClock(), "again", **options)) as platform,
+        platform.database.read() as connection,
+    ):
         kinds = Counter(connection.execute(sa.select(log_entries.c.type)).scalars())
         rows = connection.execute(sa.select(batches.c.state).where(batches.c.type == "usage_batch")).scalars().all()
         assert platform.outbox.totals().events == EVENTS
@@ -92,7 +101,7 @@ def test_flushes_of_the_multiprocess_executor_at_once_make_one_log(tmp_path: Pat
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, "-m", "dagster", "job", "execute", "-m", __name__, "-a", "location", "-j", "flush_apart"]
-    with dg.DagsterInstance.from_config(str(state / "dagster")) as instance:  # its tables are made once
+    with open_instance(state / "dagster") as instance:  # its tables are made once
         runs = [
             subprocess.Popen(command, cwd=CHECKOUT, env=clean_environment(told), stderr=subprocess.DEVNULL)
             for _ in range(FLUSHERS)

@@ -42,6 +42,7 @@ from tests.chdb_server import bridge_over, fresh_database
 from tests.commands import CHECKOUT, clean_environment
 from tests.conftest import SEED
 from tests.factories import START_US
+from tests.homes import open_instance
 from tests.platforms import record
 from tests.test_dagster_layer import LANE, QUIET, sound_events
 
@@ -284,7 +285,7 @@ def daemon(folder: Path) -> Iterator[dg.DagsterInstance]:
     (home / "dagster.yaml").write_text(sooner)
     environment = {"DAGSTER_HOME": str(home), FOLDER: str(folder)}
     with (
-        dg.DagsterInstance.from_config(str(home)) as instance,
+        open_instance(home) as instance,
         running_daemon(folder / "daemon.log", environment, "-m", "tests.test_dagster_kills", "-a", "stopping"),
     ):
         yield instance

@@ -15,7 +15,7 @@ from render_platform import up
 from render_platform.config import load_settings
 from resources.local import LocalDagster
 from tests.commands import restored_process
-from tests.homes import give_home
+from tests.homes import give_home, open_instance
 
 ORIGIN = RemoteJobOrigin(
     RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("definitions.py"), "__repository__"), "flush"
@@ -41,7 +41,7 @@ def test_runs_of_an_up_that_was_killed_are_ended_by_the_next(tmp_path: Path) -> 
     settings = load_settings(environ={}, state_dir=tmp_path)
     give_home(settings.dagster_home)
     job = defs.resolve_job_def("flush")
-    with dg.DagsterInstance.from_config(str(settings.dagster_home)) as instance, restored_process():
+    with open_instance(settings.dagster_home) as instance, restored_process():
         log = instance.event_log_storage
         log.set_concurrency_slots(SEQUENCER, 2)
         starting, started, _, _, own = runs = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import sqlite3
+import socket
 from collections.abc import Sequence
-from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from definitions import defs
 from render_platform.clock import DAY_US, HOUR_US, US_PER_SECOND
 from render_platform.errors import Unavailable, UsageError
 from render_platform.events import UsageEvent, table_from_events
-from resources.local import LocalDagster
+from resources.local import LOCAL_TAG, LocalDagster
 from tests.factories import START_US
+from tests.homes import age_runs, database_of, open_instance
 from tests.platforms import record
 from tests.test_dagster_layer import (
     LANE,
@@ -101,8 +102,7 @@ def test_the_sensor_waits_longer_after_each_failure(location: Location, rng: ran
 
 def an_hour_passes(location: Location) -> None:
     """For the runs that stand in the instance."""
-    with closing(sqlite3.connect(location.state / "dagster" / "history" / "runs.db")) as connection, connection:
-        connection.execute("UPDATE runs SET update_timestamp = datetime('now', '-1 hour')")
+    age_runs(location.instance, timedelta(hours=1))
 
 
 def test_the_sensor_fires_again_after_a_flush_that_failed(location: Location, rng: random.Random) -> None:
@@ -300,7 +300,7 @@ def test_runs_are_visible_in_the_state_s_instance_afterwards(tmp_path: Path, rng
         location.dagster.repair(BOTH)
     home = tmp_path / "state" / "dagster"
     assert "telemetry: {enabled: false}" in (home / "dagster.yaml").read_text()
-    with dg.DagsterInstance.from_config(str(home)) as instance:
+    with open_instance(home, **database_of(location.platform.settings)) as instance:
         runs = instance.get_runs()
         assert {run.job_name for run in runs} == {"flush", "reconcile", "repair"}
         assert {run.status for run in runs} == {dg.DagsterRunStatus.SUCCESS}
@@ -317,8 +317,9 @@ def test_one_process_works_in_a_state_folder(location: Location) -> None:
 def test_a_run_of_a_killed_process_is_ended_by_the_next(tmp_path: Path, rng: random.Random) -> None:
     with open_location(tmp_path / "state") as location:
         record(location.platform, LANE, sound_events(rng, 3))
+        whose = {LOCAL_TAG: f"{socket.gethostname()}:{tmp_path / 'state'}"}
         left = location.instance.create_run_for_job(
-            defs.resolve_job_def("flush"), status=dg.DagsterRunStatus.STARTED, tags={"render_platform/local": "yes"}
+            defs.resolve_job_def("flush"), status=dg.DagsterRunStatus.STARTED, tags=whose
         )
         assert "in progress" in skipped(tick(location))
     with open_location(tmp_path / "state") as location:

@@ -22,6 +22,7 @@ from resources.platform import PlatformResource
 from sensors.schedules import MAX_FAILURES, MAX_RUNS, _in_turn, reconciliation_every_five_minutes
 from tests.factories import START_US
 from tests.platforms import LIVE, record
+from tests.postgres import CHOSEN
 from tests.test_dagster_layer import (
     LANE,
     NOWHERE,
@@ -122,6 +123,7 @@ def test_it_skips_an_hour_that_nothing_covers(location: Location, rng: random.Ra
     assert f"2023-11-16-{hour}:00" in skipped(location, datetime(2023, 11, 16, hour, 30, tzinfo=UTC))
 
 
+@pytest.mark.skipif(CHOSEN, reason="a server's database is a state")
 def test_it_skips_where_there_is_no_state(location: Location, tmp_path: Path) -> None:
     resource = PlatformResource(state_dir=str(tmp_path / "none"), duckdb=DuckDBResource(database=":memory:"))
     result = evaluate(location.instance, LATER, resource)

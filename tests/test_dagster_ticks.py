@@ -29,9 +29,11 @@ from render_platform.pipeline import Platform, open_platform
 from resources.local import DAGSTER_YAML
 from resources.platform import PlatformResource
 from sensors.housekeeping import prune_ticks
+from tests import postgres
 from tests.chdb_server import bridge_over, fresh_database
 from tests.commands import CHECKOUT
 from tests.conftest import SEED
+from tests.homes import open_instance
 from tests.platforms import LIVE, record
 from tests.test_dagster_kills import running_daemon
 from tests.test_dagster_layer import (
@@ -127,6 +129,7 @@ def test_a_tick_on_a_busy_platform_asks_for_what_can_run(busy: Location, name: s
             assert job.partitions_def.has_partition_key(request.partition_key)
 
 
+@pytest.mark.skipif(postgres.CHOSEN, reason="a server's database is a state")
 @pytest.mark.parametrize("name", sorted(ASKS_FOR))
 def test_a_tick_where_there_is_no_state_skips(location: Location, tmp_path: Path, name: str) -> None:
     nowhere = PlatformResource(state_dir=str(tmp_path / "none"), duckdb=DuckDBResource(database=":memory:"))
@@ -147,6 +150,7 @@ def busy_state(folder: Path, rng: random.Random) -> Iterator[dict[str, str]]:
             "RENDER_PLATFORM_STATE_DIR": str(folder / "state"),
             "RENDER_PLATFORM_CLICKHOUSE_DSN": bridge.dsn,
             "RENDER_PLATFORM_CLICKHOUSE_DATABASE": fresh_database(),
+            **({"RENDER_PLATFORM_DATABASE_URL": postgres.url_of(folder / "state")} if postgres.CHOSEN else {}),
         }
         with open_platform(load_settings(environ=environment), create=True) as platform:
             make_busy(platform, rng)
@@ -183,7 +187,7 @@ def test_a_running_daemon_ticks_them_all_and_their_runs_succeed(tmp_path: Path, 
     home.mkdir()
     (home / "dagster.yaml").write_text(DAGSTER_YAML)
     location_of = ("-w", str(CHECKOUT / "workspace.yaml"))
-    with busy_state(tmp_path, rng) as given, dg.DagsterInstance.from_config(str(home)) as instance:
+    with busy_state(tmp_path, rng) as given, open_instance(home, **given) as instance:
         environment = {**given, "DAGSTER_HOME": str(home)}
         with running_daemon(log, environment, *location_of):
             wait_until("schedules", lambda: set(states(instance, InstigatorType.SCHEDULE)) == set(SCHEDULES), log)

@@ -100,7 +100,7 @@ def test_the_example_of_a_catalogue_is_one(tmp_path: Path) -> None:
 
 def test_the_example_of_secrets_names_settings() -> None:
     lines = re.findall(r"^(?:# )?([A-Z0-9_]+)=(.*)$", (DEPLOY / "secrets.env.example").read_text(), re.MULTILINE)
-    assert len(lines) == 9
+    assert len(lines) == 10
     told = {name: value for name, value in lines if name.startswith("RENDER_PLATFORM_")}
     assert settings_of(told).clickhouse_dsn.endswith("@clickhouse:8123")
     assert all(SECRET.search(name) or "PASSWORD@" in value for name, value in lines)

@@ -14,6 +14,7 @@ import subprocess
 import sysconfig
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,10 +26,21 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from render_platform import __version__
+from render_platform.config import load_settings
+from tests import postgres
 from tests.commands import CHECKOUT, clean_environment
+from tests.conformance.s3_server import seaweed, use_credentials
 from tests.deployment import DEPLOY, KUBERNETES, must_fail, must_pass, pod, tool
 from tests.gateway.servers import free_port
-from tests.test_dagster_flushers import BATCH_ROWS, check_flushed, flushes_of, make_state, worked_at_once
+from tests.homes import open_instance
+from tests.test_dagster_flushers import (
+    BATCH_ROWS,
+    check_flushed,
+    flushes_of,
+    make_state,
+    variables,
+    worked_at_once,
+)
 from tests.test_deploy_tools import KUBERNETES_VERSIONS
 
 BASE: dict[str, Any] = yaml.safe_load((DEPLOY / "dagster.yaml").read_text())
@@ -92,21 +104,28 @@ def test_what_a_run_gets_is_what_the_pod_gets() -> None:
     parts = pod()
     daemon = next(one for one in parts["containers"] if one["name"] == "dagster-daemon")
     assert config["job_image"] == daemon["image"] == f"render-platform:{__version__}"
-    assert config["volume_mounts"] == daemon["volumeMounts"]
     assert config["security_context"] == daemon["securityContext"]
     assert config["run_k8s_config"]["pod_spec_config"]["securityContext"] == parts["securityContext"]
-    assert [volume for volume in config["volumes"] if volume["name"] != "state"] == parts["volumes"]
     assert config["env_secrets"] == [daemon["envFrom"][0]["secretRef"]["name"]]
-    near = config["run_k8s_config"]["pod_spec_config"]["affinity"]["podAffinity"]
-    [rule] = near["requiredDuringSchedulingIgnoredDuringExecution"]
     stateful = yaml.safe_load((KUBERNETES / "statefulset.yaml").read_text())
-    assert rule["labelSelector"] == stateful["spec"]["selector"]
     assert config["labels"].items().isdisjoint(stateful["spec"]["selector"]["matchLabels"].items()), (
         "no traffic to runs"
     )
-    [claim] = stateful["spec"]["volumeClaimTemplates"]
-    name = f"{claim['metadata']['name']}-{stateful['metadata']['name']}-0"
-    assert config["volumes"][0] == {"name": "state", "persistentVolumeClaim": {"claimName": name}}
+
+
+def test_a_run_is_on_any_node_and_can_keep_nothing_there() -> None:
+    """Else what somebody forgot to configure would be written where it is lost with the Job."""
+    config = file_of("k8s", {})["run_launcher"]["config"]
+    daemon = next(one for one in pod()["containers"] if one["name"] == "dagster-daemon")
+    assert not {"affinity", "nodeSelector", "nodeName"} & set(config["run_k8s_config"]["pod_spec_config"])
+    assert "persistentVolumeClaim" not in str(config["volumes"])
+    shared = {one["mountPath"]: one for one in config["volume_mounts"] if one in daemon["volumeMounts"]}
+    assert set(shared) == {"/etc/render-platform", "/tmp"}
+    own = {one["mountPath"]: one for one in config["volume_mounts"] if one["mountPath"] not in shared}
+    assert own.pop(config["dagster_home"])["name"] != "nothing", "its steps' output"
+    state = load_settings({}, state_dir=Path(config["dagster_home"]).parent)
+    folders = [state.blobs_dir, state.log_dir, state.keys_dir, state.state_dir / "clickhouse"]
+    assert own == {str(path): {"name": "nothing", "mountPath": str(path), "readOnly": True} for path in folders}
 
 
 def merged(base: Any, patch: Any) -> Any:
@@ -229,7 +248,7 @@ def test_flushes_run_as_celery_tasks_at_once(programs: Path, state: Path, tmp_pa
             started([redis, "--port", port, "--bind", "127.0.0.1", "--save", ""], env, tmp_path / "r.log")
         )
         stack.enter_context(started(["dagster-daemon", "run", "-w", "workspace.yaml"], env, tmp_path / "daemon.log"))
-        instance = stack.enter_context(dg.DagsterInstance.from_config(str(state / "dagster")))
+        instance = stack.enter_context(open_instance(state / "dagster"))
         ask_for_flushes(2, env)
         wait_for(lambda: states(instance, 2) == [dg.DagsterRunStatus.STARTING] * 2, tmp_path)
         stack.enter_context(started(worker.split(), env, tmp_path / "worker.log"))
@@ -322,20 +341,38 @@ def cluster(env: Mapping[str, str], folder: Path) -> Iterator[tuple[Cluster, Pat
         made.server_close()
 
 
-def test_a_flush_runs_as_a_kubernetes_job(programs: Path, state: Path, tmp_path: Path) -> None:
-    settings = file_of("k8s", {"/var/lib/render-platform/state": state, "/etc/render-platform": DEPLOY})
-    env = told(programs, state)
+def test_a_flush_runs_as_a_kubernetes_job(
+    programs: Path, tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another node: its state folder is empty, and stays so."""
+    state, node, name = tmp_path / "state", tmp_path / "node", f"t_{uuid.uuid4().hex}"
+    use_credentials(monkeypatch)
+    where = {
+        "database_url": (postgres.programs(), postgres.make_database(name))[1],
+        "objects_url": f"s3://plain/{name}",
+        "objects_endpoint": seaweed().endpoint,
+        "clickhouse_dsn": "http://127.0.0.1:9",  # a flush needs none
+    }
+    make_state(state, rng, **where)
+    signers = {f"{role}_signer": f"env:{role.upper()}_KEY" for role in ("checkpoint", "attestation", "gateway")}
+    keys = {f"{path.stem.upper()}_KEY": path.read_text().strip() for path in (state / "keys").glob("*.key")}
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    env = told(programs, state, **variables(where | signers), **keys, **aws)
+    settings = file_of("k8s", {"/var/lib/render-platform/state": node, "/etc/render-platform": DEPLOY})
     with ExitStack() as stack:
-        jobs, kubeconfig = stack.enter_context(cluster(env, tmp_path))
+        there = {**env, "RENDER_PLATFORM_STATE_DIR": str(node)}
+        jobs, kubeconfig = stack.enter_context(cluster(there, tmp_path))
         outside = {"load_incluster_config": False, "kubeconfig_file": str(kubeconfig)}
         settings["run_launcher"]["config"].update(outside)
         give_settings(state, settings)
         stack.enter_context(started(["dagster-daemon", "run", "-w", "workspace.yaml"], env, tmp_path / "daemon.log"))
-        instance = stack.enter_context(dg.DagsterInstance.from_config(str(state / "dagster")))
+        instance = stack.enter_context(open_instance(state / "dagster", **variables(where)))
         ask_for_flushes(1, env)
         wait_for(lambda: jobs.jobs, tmp_path)
         wait_for(lambda: set(states(instance, 1)) <= FINISHED, tmp_path)
-        check_flushed(state, instance)
+        check_flushed(state, instance, **where)
+    assert [path.name for path in node.rglob("*") if path.is_file()] == []
+    assert not [path for path in state.rglob("*") if path.suffix == ".db"]
     program = tool("kubernetes-validate", "kubernetes-validate==1.37.0") / "kubernetes-validate"
     job = next(one for one in jobs.jobs.values() if one["metadata"]["labels"]["dagster/job"] == "flush")
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import sqlite3
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,9 @@ from render_platform.config import load_settings
 from render_platform.errors import UsageError
 from sensors.housekeeping import Pruned, prune
 from tests.factories import START_US, make_event
+from tests.homes import age_runs
 from tests.platforms import LIVE, record
+from tests.postgres import sqlite_only
 from tests.test_dagster_layer import (
     LANE,
     NOWHERE,
@@ -156,6 +156,7 @@ def size_of(location: Location) -> int:
     return sum(path.stat().st_size for path in (location.state / "dagster").rglob("*") if path.is_file())
 
 
+@sqlite_only
 def test_the_storage_is_bounded(location: Location, rng: random.Random) -> None:
     """As many runs again as were deleted fit into what their deletion left."""
     sizes = []
@@ -205,8 +206,7 @@ def test_the_newest_report_stays_however_old(location: Location) -> None:
 
 def test_the_job_deletes_what_is_older_than_the_setting_says(location: Location, rng: random.Random) -> None:
     make_history(location, rng)
-    with closing(sqlite3.connect(location.state / "dagster" / "history" / "runs.db")) as connection, connection:
-        connection.execute("UPDATE runs SET update_timestamp = datetime('now', '-5 days')")
+    age_runs(location.instance, timedelta(days=5))
     assert location.run("housekeeping").success
     assert len(location.instance.get_runs()) == 6 + 1, "nothing is a week old"
     location.patch.setenv("RENDER_PLATFORM_DAGSTER_RETENTION_DAYS", "4")

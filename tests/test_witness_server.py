@@ -17,8 +17,9 @@ import pytest
 
 from render_platform import merkle
 from render_platform.clock import ManualClock, SystemClock
+from render_platform.config import MAX_WITNESSES, load_settings
 from render_platform.errors import Unavailable, UsageError
-from render_platform.note import WitnessKey
+from render_platform.note import MAX_SIGNATURES, WitnessKey
 from render_platform.objects import FolderObjects
 from render_platform.witness import (
     MAX_BODY_BYTES,
@@ -211,6 +212,13 @@ def test_members_as_a_setting_names_them() -> None:
             parse_members(wrong)
     with pytest.raises(UsageError, match="not an Ed25519 witness key"):
         parse_members(f"https://a {WITNESS.verifier.vkey}")
+    many = [f"https://a {WitnessKey.of(f'w{number}', bytes(32)).vkey}" for number in range(MAX_WITNESSES + 1)]
+    assert len(parse_members(",".join(many[1:]))) == MAX_WITNESSES < MAX_SIGNATURES
+    with pytest.raises(UsageError, match="witnesses names 91"):
+        parse_members(",".join(many))
+    assert load_settings({}, witness_quorum=MAX_WITNESSES).witness_quorum == MAX_WITNESSES
+    with pytest.raises(UsageError, match="witness_quorum is 91"):
+        load_settings({}, witness_quorum=MAX_WITNESSES + 1)
     for quorum, policy in ((2, "hold"), (-1, "hold"), (1, "maybe")):
         with pytest.raises(UsageError, match="quorum or policy"):
             Witnesses(parse_members(f"https://a {KEY.vkey}"), quorum, policy, 1, SystemClock())

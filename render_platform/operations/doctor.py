@@ -28,7 +28,7 @@ from render_platform.cas import open_objects
 from render_platform.clickhouse import open_clickhouse, pending_migrations
 from render_platform.clock import US_PER_SECOND, Clock, Ids, iso
 from render_platform.config import Settings
-from render_platform.database import lanes
+from render_platform.database import lanes, open_database
 from render_platform.errors import PlatformError, Unavailable, UsageError
 from render_platform.objects import check_store
 from render_platform.outbox import LIVE
@@ -43,6 +43,8 @@ _SERVER = ("server_version", "server_encoding", "fsync", "synchronous_commit")
 _SERVER_US = sa.cast(sa.extract("epoch", sa.func.clock_timestamp()) * US_PER_SECOND, sa.BigInteger)
 ANSWER_S = 5
 MAX_ANSWER_BYTES = 1024**2
+_OUR_STORAGE = "render_platform_dagster"
+_STARTED = "run `render-platform up`, or deploy/prepare.sh: Dagster's first start makes it"
 _DAEMONS = "{ instance { daemonHealth { allDaemonStatuses { daemonType required healthy } } } }"
 
 
@@ -84,6 +86,7 @@ class Doctor:
             yield self._of("slow path", partial(self._opened, self._slow_path))
         yield self._of("gateway", self._gateway)
         yield self._of("Dagster", self._dagster)
+        yield self._of("Dagster store", self._dagster_storage)
 
     def _of(self, part: str, look: Callable[[], Found]) -> Diagnosis:
         begun_ns = time.perf_counter_ns()
@@ -254,6 +257,29 @@ class Doctor:
                 BAD, f"daemons are not healthy: {', '.join(ill)}", "see the UI's page Deployment, and restart it"
             )
         return Found(GOOD, f"{len(found)} daemons, all that are needed are healthy")
+
+    def _dagster_storage(self) -> Found:
+        """Its tables are Dagster's own: whether it can be read is all that is asked."""
+        home, url = self._settings.dagster_home, self._settings.database_url
+        file = home / "dagster.yaml"
+        text = file.read_text() if file.exists() else ""
+        if not text:
+            return Found(OFF, f"there is no {file} yet", _STARTED)
+        if "\nstorage:" in f"\n{text}" and _OUR_STORAGE not in text:
+            return Found(OFF, f"{file} names another storage, which is not looked at", "see the UI's page Deployment")
+        if url and _OUR_STORAGE not in text:
+            says = f"runs, events and ticks are in SQLite below {home}, although database_url is set"
+            return Found(WARNING, says, f"stop Dagster and copy `storage:` from deploy/dagster.yaml into {file}")
+        if not url:
+            standing = (home / "history" / "runs.db").exists()
+            if not standing:
+                return Found(OFF, f"nothing yet below {home}", _STARTED)
+            return Found(GOOD, f"SQLite below {home}")
+        with closing(open_database(url)) as database, database.read() as connection:
+            if connection.execute(sa.select(sa.func.to_regnamespace("dagster"))).scalar() is None:
+                return Found(OFF, "nothing yet in PostgreSQL", _STARTED)
+            runs = connection.execute(sa.select(sa.func.count()).select_from(sa.table("runs", schema="dagster")))
+            return Found(GOOD, f"PostgreSQL, schema dagster: {runs.scalar_one():,} runs")
 
 
 def _apart_us(before_us: int, there_us: int, after_us: int) -> int:

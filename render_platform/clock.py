@@ -6,11 +6,11 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 US_PER_SECOND = 1_000_000
 WINDOW_US = 300 * US_PER_SECOND
@@ -112,3 +112,18 @@ def iso(us: int) -> str:
 @lru_cache(64)
 def _second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def unless_silent(work: Generator[Any, Any, Any], most_s: float) -> Generator[Any, Any, Any]:
+    """Work that asks its driver to wait, by `yield`, and is told what is ready: TimeoutError where nothing has been for
+    `most_s`."""
+    until_s, ready = time.monotonic() + most_s, None
+    try:
+        while True:
+            ready = yield work.send(ready)
+            if ready:
+                until_s = time.monotonic() + most_s
+            elif time.monotonic() > until_s:
+                raise TimeoutError
+    except StopIteration as ended:
+        return ended.value

@@ -21,6 +21,7 @@ import pyarrow as pa
 import sqlalchemy as sa
 from sqlalchemy import event
 
+from render_platform.clock import unless_silent
 from render_platform.errors import RecordError, Unavailable, UsageError
 from render_platform.events import EVENT_SCHEMA
 
@@ -31,12 +32,15 @@ except ImportError:  # a platform without the wheel uses the interpreter's own
 
 BUSY_TIMEOUT_S = 30
 FROZEN_AFTER_S = 10  # without a statement; less than others wait for their turn, and than a lease lasts
+CONNECT_S, PEER_S, ANSWER_S = 10, 20, 60
+"""Of PostgreSQL: until it is connected; until a peer is given up that does not acknowledge, less than a lease; until a
+server is that acknowledges and does not answer, longer than it waits for a lock."""
 _WRITER_LOCK = 0x72656E646572  # the key of PostgreSQL's advisory lock, one in a database
 
 metadata = sa.MetaData()
 
 
-def _sql_type(kind: pa.DataType) -> sa.types.TypeEngine[Any]:
+def _type(kind: pa.DataType) -> sa.types.TypeEngine[Any]:
     if kind == pa.uuid() or pa.types.is_fixed_size_binary(kind):
         return sa.LargeBinary()
     return sa.Text() if pa.types.is_string(kind) else sa.BigInteger()
@@ -46,9 +50,12 @@ def _partial(name: str, *columns: str, where: str) -> sa.Index:
     return sa.Index(name, *columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
 
 
-lanes = sa.Table(
+def _table(name: str, *parts: sa.schema.SchemaItem) -> sa.Table:
+    return sa.Table(name, metadata, *parts)
+
+
+lanes = _table(
     "lanes",
-    metadata,
     sa.Column("lane", sa.Text, primary_key=True),
     sa.Column("state", sa.Text, nullable=False),  # open | finished
     sa.Column("start_us", sa.BigInteger, nullable=False),  # the hour that the lane begins with
@@ -56,18 +63,16 @@ lanes = sa.Table(
     sa.Column("frontier_us", sa.BigInteger, nullable=False),  # no row will be recorded before it
     sa.Column("next_watermark_us", sa.BigInteger, nullable=False),  # the first hour not yet declared complete
 )
-customers = sa.Table(
+customers = _table(
     "customers",
-    metadata,
     sa.Column("customer_ref", sa.Text, primary_key=True),
     sa.Column("issuer", sa.Text, nullable=False),
     sa.Column("customer_id", sa.Text, nullable=False),
     sa.Column("salt", sa.LargeBinary, nullable=False),
     sa.UniqueConstraint("issuer", "customer_id"),
 )
-batches = sa.Table(
+batches = _table(
     "batches",
-    metadata,
     sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("batch_id", sa.Text, nullable=False, unique=True),
     sa.Column("type", sa.Text, nullable=False),  # usage_batch | watermark
@@ -89,22 +94,17 @@ batches = sa.Table(
     sa.Index("batches_by_state", "state", "ordinal"),
 )
 UNPUBLISHED = ("filling", "closed", "sealed", "stored", "logged")  # by name: the index serves
-usage_events = sa.Table(
+usage_events = _table(
     "usage_events",
-    metadata,
-    *[
-        sa.Column(f.name, _sql_type(f.type), primary_key=f.name == "event_id", nullable=f.nullable)
-        for f in EVENT_SCHEMA
-    ],
+    *(sa.Column(f.name, _type(f.type), primary_key=f.name == "event_id", nullable=f.nullable) for f in EVENT_SCHEMA),
     sa.Column("lane", sa.Text, nullable=False),
     sa.Column("batch_id", sa.Text),
     sa.UniqueConstraint("job_id"),
     _partial("usage_events_unsealed", "lane", "recorded_at", where="batch_id IS NULL"),
     _partial("usage_events_by_batch", "batch_id", where="batch_id IS NOT NULL"),
 )
-log_head = sa.Table(
+log_head = _table(
     "log_head",
-    metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("size", sa.BigInteger, nullable=False),
@@ -112,9 +112,8 @@ log_head = sa.Table(
     sa.Column("root", sa.LargeBinary, nullable=False),
     sa.Column("last_entry_digest", sa.Text, nullable=False),
 )
-log_entries = sa.Table(
+log_entries = _table(
     "log_entries",
-    metadata,
     sa.Column("log_index", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("type", sa.Text, nullable=False),
     sa.Column("batch_id", sa.Text, nullable=False),
@@ -124,25 +123,14 @@ log_entries = sa.Table(
     sa.UniqueConstraint("type", "batch_id"),
     sa.Index("log_entries_by_hour", "hour_us", "type"),
 )
-checkpoints = sa.Table(
+checkpoints = _table(
     "checkpoints",
-    metadata,
     sa.Column("size", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("root", sa.LargeBinary, nullable=False),
     sa.Column("note", sa.Text, nullable=False),
 )
-reports = sa.Table(
-    "reports",
-    metadata,
-    sa.Column("hour_us", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("revision", sa.Integer, nullable=False),
-    sa.Column("digest", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False),
-    sa.Column("dirty", sa.Boolean, nullable=False),  # a batch was logged into the hour after the report
-)
-runs = sa.Table(
+runs = _table(
     "runs",
-    metadata,
     sa.Column("run_id", sa.Text, primary_key=True),
     sa.Column("trace_digest", sa.Text, nullable=False),
     sa.Column("trace_path", sa.Text, nullable=False),  # for people: which file to give again
@@ -150,17 +138,15 @@ runs = sa.Table(
     sa.Column("next_row", sa.BigInteger, nullable=False),
     sa.Column("state", sa.Text, nullable=False),  # replaying > replayed > finished
 )
-gateways = sa.Table(
+gateways = _table(
     "gateways",
-    metadata,
     sa.Column("gateway_id", sa.Text, primary_key=True),
     sa.Column("epoch", sa.Integer, nullable=False),  # one more at each start
     sa.Column("lease_until_us", sa.BigInteger, nullable=False),  # later, its jobs may be taken over
     sa.Column("fast_path_dropped", sa.BigInteger, nullable=False, default=0),  # as of the last renewal
 )
-jobs = sa.Table(
+jobs = _table(
     "jobs",
-    metadata,
     sa.Column("job_id", sa.LargeBinary, primary_key=True),
     sa.Column("gateway_id", sa.Text, nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False),
@@ -186,9 +172,8 @@ jobs = sa.Table(
     _partial("jobs_unfinished", "state", where="state IN ('queued', 'running')"),
     sa.Index("jobs_by_customer", "customer_ref", "job_id"),
 )
-acceptances = sa.Table(  # what entries of the live lane have said, or will say, of the jobs of each epoch
+acceptances = _table(  # what entries of the live lane have said, or will say, of the jobs of each epoch
     "acceptances",
-    metadata,
     sa.Column("gateway_id", sa.Text, primary_key=True),
     sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("state", sa.Text, nullable=False),  # counting > settled; uncounted: begun before jobs were counted
@@ -198,37 +183,32 @@ acceptances = sa.Table(  # what entries of the live lane have said, or will say,
     sa.Column("oldest", sa.BigInteger, nullable=False),
     sa.Index("acceptances_by_state", "state", "gateway_id", "epoch"),
 )
-batch_acceptances = sa.Table(  # a table and no column of `batches`: older state folders get it as they are opened
+batch_acceptances = _table(  # a table and no column of `batches`: older state folders get it as they are opened
     "batch_acceptances",
-    metadata,
     sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=False),  # of the batch or watermark
     sa.Column("acceptances", sa.Text, nullable=False),  # JSON, as its entry will have it
 )
-job_bodies = sa.Table(
+job_bodies = _table(
     "job_bodies",
-    metadata,
     sa.Column("job_id", sa.LargeBinary, primary_key=True),
     sa.Column("body", sa.LargeBinary, nullable=False),  # the request, until the job has ended
 )
-job_outputs = sa.Table(
+job_outputs = _table(
     "job_outputs",
-    metadata,
     sa.Column("job_id", sa.LargeBinary, primary_key=True),
     sa.Column("content_type", sa.Text, nullable=False),
     sa.Column("output", sa.LargeBinary, nullable=False),
     sa.Column("expires_us", sa.BigInteger, nullable=False, index=True),
 )
-idempotency_keys = sa.Table(  # never pruned
+idempotency_keys = _table(  # never pruned
     "idempotency_keys",
-    metadata,
     sa.Column("customer_ref", sa.Text, primary_key=True),
     sa.Column("key", sa.Text, primary_key=True),
     sa.Column("request_digest", sa.LargeBinary, nullable=False),
     sa.Column("job_id", sa.LargeBinary, nullable=False),
 )
-webhooks = sa.Table(
+webhooks = _table(
     "webhooks",
-    metadata,
     sa.Column("job_id", sa.LargeBinary, primary_key=True),
     sa.Column("url", sa.Text, nullable=False),
     sa.Column("attempts", sa.Integer, nullable=False),
@@ -263,14 +243,12 @@ class Prepared:
             return cursor.fetchone()  # type: ignore[no-any-return]
 
     def _compile(self, dialect: sa.Dialect) -> tuple[str, Callable[[Mapping[str, Any]], Any], dict[str, Any]]:
-        known = self._compiled.get(dialect.name)
-        if known is not None:
+        if known := self._compiled.get(dialect.name):
             return known
         compiled = self._statement.compile(dialect=dialect, column_keys=self._names or None)
         constants = {name: value for name, value in compiled.params.items() if value is not None}
-        order = compiled.positiontup
         values_of: Callable[[Mapping[str, Any]], Any] = dict
-        if order is not None:
+        if (order := compiled.positiontup) is not None:
             values_of = itemgetter(*order) if len(order) > 1 else lambda row: (row[order[0]],)
         self._compiled[dialect.name] = str(compiled), values_of, constants
         return self._compiled[dialect.name]
@@ -309,7 +287,7 @@ class Database:
     def settled(self) -> Iterator[sa.Connection]:
         """As `read()`, once each write that was under way has ended: a server may yet commit for a lost connection."""
         if self.engine.dialect.name == "postgresql":
-            with self._connection(writes=True) as connection, connection.begin():
+            with self.write():
                 pass
         with self.read() as connection:
             yield connection
@@ -371,14 +349,19 @@ def open_postgres(dsn: str) -> Database:
     connection is tried before it is used: one that a restarted server has dropped is made again.
     """
     durable = f"-c synchronous_commit=on -c lock_timeout={BUSY_TIMEOUT_S}s"
+    bounds = {"connect_timeout": CONNECT_S, "keepalives": 1, "tcp_user_timeout": PEER_S * 1_000}
+    bounds |= {"keepalives_idle": PEER_S // 4, "keepalives_interval": PEER_S // 4, "keepalives_count": 3}
     try:
         address = sa.make_url(dsn).set(drivername="postgresql+psycopg")
-        arguments = {"options": f"{address.query.get('options', '')} {durable}", "connect_timeout": BUSY_TIMEOUT_S}
+        arguments = {**bounds, **address.query, "options": f"{address.query.get('options', '')} {durable}"}
         engine = sa.create_engine(address, connect_args=arguments, hide_parameters=True, pool_pre_ping=True)
     except ImportError as error:
         raise Unavailable("PostgreSQL needs psycopg", "install psycopg[binary]") from error
     except (sa.exc.ArgumentError, ValueError):  # its text may quote a password
         raise UsageError("the PostgreSQL DSN is malformed", "give postgresql://user:password@host:port/name") from None
+
+    connect = _patient()
+    event.listen(engine, "do_connect", lambda _dialect, _record, given, named: connect(*given, **named))
 
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
@@ -389,6 +372,23 @@ def open_postgres(dsn: str) -> Database:
         connection.exec_driver_sql(begin)
 
     return _with_tables(Database(engine))
+
+
+def _patient() -> Callable[..., Any]:
+    """Makes psycopg's connections, which wait for ANSWER_S at most where their server, or a proxy, says nothing."""
+    import psycopg
+
+    class Patient(psycopg.Connection[Any]):
+        answer_s: float = ANSWER_S
+
+        def wait(self, gen: Any, *given: Any, **named: Any) -> Any:
+            try:
+                return super().wait(unless_silent(gen, self.answer_s), *given, **named)
+            except TimeoutError as error:
+                self.pgconn.finish()
+                raise psycopg.OperationalError(f"the server has said nothing for {self.answer_s:g} s") from error
+
+    return Patient.connect
 
 
 def _with_tables(database: Database) -> Database:

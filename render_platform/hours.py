@@ -18,10 +18,20 @@ from render_platform.database import (
     checkpoints,
     lanes,
     log_entries,
-    reports,
+    metadata,
     usage_events,
 )
 from render_platform.outbox import LIVE
+
+reports = sa.Table(
+    "reports",
+    metadata,
+    sa.Column("hour_us", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("dirty", sa.Boolean, nullable=False),  # a batch was logged into the hour after the report
+)
 
 
 class LastReport(NamedTuple):

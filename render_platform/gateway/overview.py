@@ -24,11 +24,11 @@ from render_platform.database import (
     checkpoints,
     jobs,
     log_entries,
-    reports,
     usage_events,
 )
 from render_platform.errors import PlatformError
 from render_platform.gateway.views import QueueView
+from render_platform.hours import reports
 from render_platform.keyring import open_signers
 
 MAX_OUTBOX = 100_000

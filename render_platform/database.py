@@ -306,7 +306,9 @@ class Database:
             raise RecordError("a value", "is not one that PostgreSQL can hold", "leave out NUL characters") from None
         except sa.exc.DatabaseError as error:
             held = isinstance(error, sa.exc.OperationalError) or str(getattr(error.orig, "sqlstate", ""))[:2] == "25"
-            part = "the server" if self.engine.dialect.name == "postgresql" else "the disk"
+            part = (
+                "the server" if self.engine.dialect.name == "postgresql" else f"the disk of {self.engine.url.database}"
+            )
             remedy = f"check {part}, and that no process holds a long lock" if held else "restore it from a backup"
             raise Unavailable(f"the database cannot be used: {error.orig}", remedy) from error
 

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -118,7 +119,8 @@ class Proxy:
                 group.create_task(self._pump(link, to_reader, writer, lambda size: self._left(link, size)))
         except (OSError, ExceptionGroup, asyncio.CancelledError):
             for side in sides:
-                side.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                with suppress(OSError):  # it is closed already
+                    side.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         finally:
             self._links.discard(link)
             for side in sides:

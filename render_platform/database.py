@@ -33,8 +33,7 @@ except ImportError:  # a platform without the wheel uses the interpreter's own
 BUSY_TIMEOUT_S = 30
 FROZEN_AFTER_S = 10  # without a statement; less than others wait for their turn, and than a lease lasts
 CONNECT_S, PEER_S, ANSWER_S = 10, 20, 60
-"""Of PostgreSQL: until it is connected; until a peer is given up that does not acknowledge, less than a lease; until a
-server is that acknowledges and does not answer, longer than it waits for a lock."""
+"""PostgreSQL: to be connected; for a peer to acknowledge, less than a lease; to answer, more than a wait for a lock."""
 _WRITER_LOCK = 0x72656E646572  # the key of PostgreSQL's advisory lock, one in a database
 
 metadata = sa.MetaData()
@@ -287,7 +286,7 @@ class Database:
     def settled(self) -> Iterator[sa.Connection]:
         """As `read()`, once each write that was under way has ended: a server may yet commit for a lost connection."""
         if self.engine.dialect.name == "postgresql":
-            with self.write():
+            with self._connection(writes=True) as connection, connection.begin():
                 pass
         with self.read() as connection:
             yield connection
@@ -306,9 +305,8 @@ class Database:
             raise RecordError("a value", "is not one that PostgreSQL can hold", "leave out NUL characters") from None
         except sa.exc.DatabaseError as error:
             held = isinstance(error, sa.exc.OperationalError) or str(getattr(error.orig, "sqlstate", ""))[:2] == "25"
-            part = (
-                "the server" if self.engine.dialect.name == "postgresql" else f"the disk of {self.engine.url.database}"
-            )
+            file = self.engine.url.database
+            part = "the server" if self.engine.dialect.name == "postgresql" else f"the disk of {file}"
             remedy = f"check {part}, and that no process holds a long lock" if held else "restore it from a backup"
             raise Unavailable(f"the database cannot be used: {error.orig}", remedy) from error
 

@@ -48,8 +48,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.xfail(
     strict=False,
-    reason="SQLite reads back from memory a commit whose sync failed: the gateway takes it as standing, tells the client, "
-    "and it is gone once the disk is mounted again",
+    reason="SQLite reads back from memory a commit whose sync failed: the gateway takes it as standing, tells the "
+    "client, and it is gone once the disk is mounted again",
 )
 def test_a_database_that_turns_read_only_under_load_loses_no_job(folder: Path) -> None:
     answered: list[str] = []

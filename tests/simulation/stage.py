@@ -141,7 +141,8 @@ class Stage:
                 world.note("dead")
             except PlatformError as error:
                 self.told.errors.append(str(error))
-                world.note(f"{type(error).__name__}: {error}")
+                said = str(error).replace(str(self.template.folder), "")  # its name is another in each process
+                world.note(f"{type(error).__name__}: {said}")
                 if may_refuse and isinstance(error, RecordError):
                     return None
                 if not isinstance(error, Unavailable):

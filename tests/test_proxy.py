@@ -74,9 +74,12 @@ def test_a_black_hole_answers_nobody_and_what_it_swallowed_stays_silent(proxy: P
         assert ask(before) == b"hello"
         proxy.blackhole()
         with connect(proxy) as during:
-            proxy.heal()
-            for one in (before, during):
+            for one in (during, before):
                 one.settimeout(0.3)
+                with pytest.raises(TimeoutError):
+                    ask(one)
+            proxy.heal()
+            for one in (during, before):
                 with pytest.raises(TimeoutError):
                     ask(one)
     with connect(proxy) as after:

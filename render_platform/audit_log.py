@@ -101,7 +101,7 @@ class AuditLog:
             self._write_tiles(published.size if published else 0, head.size)
             note = sign_note(checkpoint.text(), self._keys.signers(head.size)).encode()
         note = self._cosigned(note, head.size, standing)
-        if marked is None or note != marked.encode():
+        if note != standing or marked != note.decode():
             # A crash before this: the old checkpoint stands, and tiles that the next publish finds byte-equal.
             # `standing` is what was compared above: a checkpoint published meanwhile is never overwritten. One that
             # stands and is not marked is written again: who wrote it may have died before it was durable.

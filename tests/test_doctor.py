@@ -276,7 +276,7 @@ def test_no_proxy_is_asked_for_what_runs_here(tmp_path: Path, monkeypatch: pytes
         assert examine(tmp_path / "none", gateway_port=port)["gateway"].status == "good"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="FOREIGN FOLDER NOT TESTED: only root can become somebody else")
 def test_who_may_not_enter_the_state_folder_is_told_so(state: Path) -> None:
     for folder in state.parents:  # up to the folder itself anybody may go
         if folder.stat().st_uid == os.geteuid() and folder != Path("/"):

@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=700", "none", state], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"FULL DISK NOT TESTED: nothing can be mounted here: {mounted.stderr.strip()}")
     try:
         yield tmp_path
     finally:
